@@ -1,0 +1,3 @@
+from gnlib.cli import main
+
+main()

@@ -1,0 +1,283 @@
+"""Text sources: a name or a path -> documents, one at a time, in bounded memory.
+
+`docstrings` is English that every Python carries, so that the first run needs no download. Its text depends on the
+Python build only (Debian leaves out tkinter): not on installed packages, locale, hash seed or working directory.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import gzip
+import hashlib
+import importlib
+import inspect
+import io
+import json
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+
+from gnlib.config import ConfigError
+
+EXTENSIONS = tuple(kind + packing for kind in (".txt", ".jsonl", ".parquet") for packing in ("", ".gz", ".zst"))
+C4 = "allenai/c4"
+C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"  # pinned: a resumed preparation must read the same rows
+
+_ALLOWED = "allowed: docstrings, c4, synthetic, a .txt, .jsonl or .parquet file (also .gz, .zst), a folder of them"
+_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "site-packages"}  # no prose of Python
+_COMPILED = ("_collections", "_functools", "_io", "_thread", "builtins", "gc", "itertools", "posix", "time")
+_SIGNATURE = re.compile(r"\s*[\w.]+\s?\(.*\)\s*(->.*)?:?")
+_DOCUMENT_CHARACTERS = 8192
+
+
+def documents(source: str, skip: int = 0) -> Iterator[str]:
+    """The documents of `source` in a fixed order, without the first `skip`; `ConfigError` if they cannot be read.
+
+    `docstrings`; `c4` (streamed from Hugging Face) or `c4:FOLDER` (a local copy read the same way); the path of a file
+    (field or column `text`) or a folder, its files sorted by path. A .txt file in a folder is one document; a lone one
+    is split at two or more blank lines or, if it has none, at the first blank line past 8 kB (line end past 16 kB).
+    Empty documents of files are dropped. A document, a line and a row group of a parquet file must each fit in memory.
+    """
+    if source == "docstrings":
+        return islice(_docstrings(), skip, None)
+    if source == "c4" or source.startswith("c4:"):
+        return _stream(None if source == "c4" else source[3:], skip)
+    files = _files(source)
+    whole = Path(source).is_dir()
+    return islice((text for path in files for text in _read(path, whole) if text.strip()), skip, None)
+
+
+def identity(source: str) -> list[str]:
+    """What the text of `source` depends on: names, sizes (bytes) and SHA-256 of its files, or the revision of C4."""
+    if source == "c4":
+        return [C4, "en", C4_REVISION]
+    if source == "docstrings":
+        root = _library()
+        return [sys.version, *(_summary(path, root) for path in _modules(root)), _summary(_topics(root), root)]
+    folder = Path(source.removeprefix("c4:"))
+    return [_summary(path, folder) for path in _files(str(folder))]
+
+
+def one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Files
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+        files = sorted((file for file in found if file.name.endswith(EXTENSIONS)), key=lambda file: file.as_posix())
+        if not files:
+            raise ConfigError(f"data.source: no {', '.join(EXTENSIONS)} file in the folder {source}")
+        return files
+    if not path.exists():
+        raise ConfigError(f"data.source: {source}: no such file or source; {_ALLOWED}")
+    if not path.name.endswith(EXTENSIONS):
+        raise ConfigError(f"data.source: {source}: unknown extension; allowed: {', '.join(EXTENSIONS)}")
+    return [path]
+
+
+def _summary(path: Path, root: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"data.source: {path}: unreadable ({one_line(error)})") from None
+    return f"{path.relative_to(root).as_posix()} {path.stat().st_size} {digest}"
+
+
+def _read(path: Path, whole: bool) -> Iterator[str]:
+    kind = next(suffix for suffix in reversed(path.suffixes) if suffix not in (".gz", ".zst"))
+    readers: dict[str, Callable[[Path], Iterator[str]]] = {".jsonl": _jsonl, ".parquet": _parquet}
+    try:
+        yield from readers.get(kind, _whole if whole else _txt)(path)
+    except ConfigError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's and the decoders' are ValueErrors
+        raise ConfigError(f"data.source: {path}: unreadable ({one_line(error)})") from None
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        stream: BinaryIO = pyarrow.input_stream(str(path), compression="zstd")
+        return stream
+    return open(path, "rb")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with _open(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+        yield from text
+
+
+def _whole(path: Path) -> Iterator[str]:
+    yield "".join(_lines(path)).strip()
+
+
+def _txt(path: Path) -> Iterator[str]:
+    separated = _has_two_blank_lines(path)
+    lines: list[str] = []
+    size = blanks = 0
+    for line in _lines(path):
+        blanks = 0 if line.strip() else blanks + 1
+        size += len(line)
+        lines.append(line)
+        long = size > 2 * _DOCUMENT_CHARACTERS or (size > _DOCUMENT_CHARACTERS and blanks > 0)
+        if blanks == 2 if separated else long:
+            yield "".join(lines).strip()
+            lines, size = [], 0
+    yield "".join(lines).strip()
+
+
+def _has_two_blank_lines(path: Path) -> bool:
+    """Between text; a pass of its own, because the rule depends on the whole file, which may not fit in memory."""
+    text, blanks = False, 0
+    for line in _lines(path):
+        if line.strip():
+            if text and blanks >= 2:
+                return True
+            text, blanks = True, 0
+        else:
+            blanks += 1
+    return False
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ConfigError(f'data.source: {path}: line {number} is not an object with a string "text"')
+            yield row["text"]
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() if path.suffix != ".parquet" else contextlib.nullcontext() as folder:
+        if folder:  # parquet needs random access
+            with _open(path) as packed, open(Path(folder, "plain.parquet"), "wb") as plain:
+                shutil.copyfileobj(packed, plain, 1 << 20)
+        with pyarrow.parquet.ParquetFile(Path(folder, "plain.parquet") if folder else path) as table:
+            if "text" not in table.schema_arrow.names:
+                raise ConfigError(f"data.source: {path}: no column text among {', '.join(table.schema_arrow.names)}")
+            for batch in table.iter_batches(batch_size=64, columns=["text"]):
+                yield from (text or "" for text in batch.column(0).to_pylist())
+
+
+# C4
+
+
+def _stream(folder: str | None, skip: int) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:  # of the extra: nothing else needs it
+        raise ConfigError("data.source: c4 needs the package datasets: pip install gnlib[data]") from None
+    where: dict[str, Any] = {"path": C4, "name": "en", "revision": C4_REVISION} if folder is None else {"path": folder}
+    try:
+        rows = datasets.load_dataset(**where, split="train", streaming=True).skip(skip)
+    except Exception as error:  # datasets raises a dozen types for a wrong name or no network
+        raise ConfigError(f"data.source: cannot stream {where['path']}: {one_line(error)}") from None
+    for row in rows:
+        if "text" not in row:
+            raise ConfigError(f"data.source: {where['path']}: no column text among {', '.join(row)}")
+        yield row["text"] or ""
+
+
+# Docstrings
+
+
+def _library() -> Path:
+    root = Path(sysconfig.get_path("stdlib"))
+    if not _topics(root).exists():
+        raise ConfigError(f"data.source: this Python has no library sources in {root}; name a file or folder of text")
+    return root
+
+
+def _topics(root: Path) -> Path:
+    return root / "pydoc_data" / "topics.py"
+
+
+def _modules(root: Path) -> list[Path]:
+    """Sources of the standard library; what others have installed in its folder is left out by name."""
+    names = sys.stdlib_module_names
+    tops = [root / f"{name}.py" for name in names] + [path for name in names for path in (root / name).rglob("*.py")]
+    found = (path for path in tops if path.is_file() and not _SKIPPED.intersection(path.relative_to(root).parts))
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+@lru_cache(maxsize=1)  # parsed twice otherwise (tokenizer, tokens), at 5 s each for 2 MB
+def _collected() -> tuple[str, ...]:
+    root = _library()
+    seen: set[str] = set()
+    groups = [_parsed(path) for path in _modules(root)] + [_compiled(name) for name in _COMPILED]
+    groups += [[text] for _, text in sorted(_literal(_topics(root)).items())]
+    found = []
+    for group in groups:
+        paragraphs = [text for docstring in group for text in _prose(docstring)]
+        new = [text for text in dict.fromkeys(paragraphs) if text not in seen]  # none in both training and validation
+        seen.update(new)
+        if new:
+            found.append("\n\n".join(new))
+    return tuple(found)
+
+
+def _docstrings() -> Iterator[str]:
+    yield from _collected()
+
+
+def _parsed(path: Path) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in the library's own sources
+        tree = ast.parse(path.read_bytes())
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [ast.get_docstring(node) or "" for node in nodes]
+
+
+def _compiled(name: str) -> list[str]:
+    """Modules linked into the interpreter, so that no file of the same name can stand in for them."""
+    if name not in sys.builtin_module_names:
+        return []
+    members = [value for key, value in sorted(vars(importlib.import_module(name)).items()) if not key.startswith("_")]
+    classes = [value for value in members if inspect.isclass(value) and value.__module__ in (name, name.lstrip("_"))]
+    # a notebook replaces functions of builtins (input), and must see the same text
+    routines = [value for value in members if inspect.isbuiltin(value) and name != "builtins"]
+    methods = [value for kind in classes for _, value in sorted(vars(kind).items()) if inspect.isroutine(value)]
+    texts = (getattr(value, "__doc__", None) for value in [*classes, *methods, *routines])
+    return [inspect.cleandoc(text) for text in texts if isinstance(text, str)]
+
+
+def _literal(path: Path) -> dict[str, str]:
+    values = [node.value for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.Assign)]
+    topics: dict[str, str] = ast.literal_eval(values[-1])
+    return topics
+
+
+def _prose(docstring: str) -> list[str]:
+    """Paragraphs of English: no doctests, signatures, code, tables or outlines; spaces collapsed."""
+    kept = []
+    for block in re.split(r"\n\s*\n", docstring):
+        lines = block.split("\n")
+        session = [i for i, line in enumerate(lines) if line.lstrip().startswith(">>>")]
+        prose = [line for line in lines[: session[0] if session else None] if not _SIGNATURE.fullmatch(line)]
+        text = " ".join(" ".join(prose).split())
+        plain = sum(character.isalpha() or character in " ,.'" for character in text)
+        if len(text.split()) >= 4 and plain >= 0.9 * len(text):
+            kept.append(text)
+    return kept

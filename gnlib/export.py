@@ -1,0 +1,70 @@
+"""Shipping records: the ended runs of a profile's studies and tuning as data/records/<profile>/<run>.jsonl.
+
+A manifest of SHA-256 sums (the format of sha256sum) lets anyone check that a record is the one that was measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from gnlib import record as records
+from gnlib.config import ConfigError
+from gnlib.files import data_folder, home, replacing
+from gnlib.profiles import find_profile, records_folder
+from gnlib.studies import STUDIES, study_configs
+from gnlib.study import load_folder
+
+MANIFEST = "SHA256SUMS"
+
+
+def export(profile: str) -> int:
+    """Copy what is in data/runs and belongs to the profile; returns how many records are shipped then."""
+    find_profile(profile)
+    folder = records_folder(profile)
+    wanted = {config.recipe_id for name in STUDIES for config in study_configs(name, profile)} | _tuning_runs(folder)
+    for record in load_folder(data_folder() / "runs"):
+        if record.ended and record.config.recipe_id in wanted:
+            records.write(folder / f"{record.config.recipe_id}.jsonl", record)
+    return _write_manifest(folder, wanted)
+
+
+def _tuning_runs(folder: Path) -> set[str]:
+    path = folder / "tuned.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
+    return {trial["run"] for entry in table.values() for trial in entry["trials"]}
+
+
+def _write_manifest(folder: Path, wanted: set[str]) -> int:
+    shipped = sorted(folder.glob("*.jsonl"))
+    for path in shipped:
+        if path.stem not in wanted:
+            path.unlink()  # of an older tuning or study
+    kept = sorted(folder.glob("*.jsonl"))
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in kept))
+    return len(kept)
+
+
+def verify() -> int:
+    """Check every manifest under data/records; returns how many records are intact, else raises ConfigError."""
+    intact = 0
+    for manifest in sorted((home() / "data" / "records").glob(f"*/{MANIFEST}")):
+        listed = dict(reversed(line.split("  ")) for line in manifest.read_text().splitlines())
+        present = {path.name: _sha256(path) for path in manifest.parent.glob("*.jsonl")}
+        for name in sorted(listed.keys() | present.keys()):
+            if listed.get(name) != present.get(name):
+                raise ConfigError(f"{manifest.parent / name}: {_fault(name, listed, present)}")
+        intact += len(listed)
+    return intact
+
+
+def _fault(name: str, listed: dict[str, str], present: dict[str, str]) -> str:
+    if name not in present:
+        return "missing"
+    return "changed since it was shipped" if name in listed else "not in the manifest"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

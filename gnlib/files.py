@@ -1,0 +1,45 @@
+"""Where files live, and writing them so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def home() -> Path:
+    """The folder with data/, figures/ and notebooks/: $GNLIB_HOME, else the checkout, else the working directory."""
+    if "GNLIB_HOME" in os.environ:
+        return Path(os.environ["GNLIB_HOME"])
+    checkout = Path(__file__).resolve().parents[1]
+    return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
+
+
+def data_folder() -> Path:
+    """Prepared token files, start checkpoints and run folders; $GNLIB_DATA, else data/ under home."""
+    return Path(os.environ.get("GNLIB_DATA", home() / "data"))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed onto it if the body succeeds and removed if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())  # before the rename: a crash must not leave an empty file under the name
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`.lock, so that two processes never make the same thing at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        yield

@@ -1,0 +1,113 @@
+"""A model at its current parameters and inputs, with its Jacobian J = d outputs / d parameters in two directions.
+
+    delta --tangent--> v = J delta          (parameter space -> output space)
+    u --pullback--> J^T u                   (output space -> parameter space)
+
+Both share one primal pass. `linearise` picks the decoder's hand-written tangents (`gnlib.tangents`) or, for any other
+nn.Module, `torch.func.jvp`; the second is the readable reference that the tests hold the first against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gnlib import tangents
+from gnlib.model import Block, Decoder
+
+Parameters = Mapping[str, Tensor]
+
+
+def linearise(model: nn.Module, inputs: Tensor, compiled: bool = False) -> Linearisation:
+    """`model` at its parameters and `inputs`; the fast implementation where the model has one."""
+    if isinstance(model, Decoder):
+        return DecoderLinearisation(model, inputs, compiled)
+    return Linearisation(model, inputs)
+
+
+class Linearisation:
+    """Through autograd and torch.func: any nn.Module that maps a tensor of inputs to a tensor of outputs."""
+
+    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
+        self.model, self.inputs = model, inputs
+        self.outputs: Tensor = model(inputs)
+
+    def tangent(self, delta: Parameters) -> Tensor:
+        """v = J delta for the named parameters, all others fixed; the shape of `outputs`, without a graph."""
+
+        def outputs(changed: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(self.model, changed, (self.inputs,))
+
+        parameters = dict(self.model.named_parameters())
+        anchor = {name: parameters[name].detach() for name in delta}
+        # MATH: the fused attention kernels have no forward-mode derivative
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(outputs, (anchor,), (dict(delta),))[1]
+
+    def pullback(self, cotangent: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """J^T u for the named parameters; may be called again."""
+        parameters = dict(self.model.named_parameters())
+        chosen = [parameters[name] for name in names]
+        gradients = torch.autograd.grad(self.outputs, chosen, cotangent.to(self.outputs.dtype), retain_graph=True)
+        return dict(zip(names, gradients, strict=True))
+
+    def forward_units(self, names: Sequence[str]) -> float:
+        """Matmul cost of one tangent and one pullback for these parameters, in forward passes."""
+        return 5.0  # jvp with its own primal: 3; pullback: 2
+
+
+class DecoderLinearisation(Linearisation):
+    """For `gnlib.model.Decoder`: tangents reuse the primal's intermediate results and start at the first change."""
+
+    model: Decoder
+
+    def __init__(self, model: Decoder, inputs: Tensor, compiled: bool = False) -> None:
+        self.model, self.inputs = model, inputs
+        primal = _compiled(Block.primal) if compiled else Block.primal
+        self.block_tangent = _compiled(tangents.block) if compiled else tangents.block
+        self.rotation = model.rotation[:, : inputs.shape[1]]
+        self.tapes = []
+        x = model.embedding(inputs)
+        for block in model.blocks:
+            x, tape = primal(block, x, self.rotation)
+            self.tapes.append(tape)
+        self.last = x.detach()
+        features = model.final_norm(x)
+        self.features = features.detach()
+        self.outputs = model.head(features)
+
+    @torch.no_grad()
+    def tangent(self, delta: Parameters) -> Tensor:
+        model = self.model
+        dembedding = delta.get("embedding.weight")
+        dx = None if dembedding is None else torch.nn.functional.embedding(self.inputs, dembedding)
+        for index, (block, tape) in enumerate(zip(model.blocks, self.tapes, strict=True)):
+            prefix = f"blocks.{index}."
+            changed = {name.removeprefix(prefix): d for name, d in delta.items() if name.startswith(prefix)}
+            if dx is not None or changed:
+                dx = self.block_tangent(block, self.rotation, tape, dx, changed)
+        dx = tangents.rms_norm(self.last, model.final_norm.weight, dx, delta.get("final_norm.weight"))
+        dlogits = tangents.linear(self.features, model.head.weight, dx, delta.get("head.weight"))
+        return torch.zeros_like(self.outputs) if dlogits is None else dlogits
+
+    def forward_units(self, names: Sequence[str]) -> float:
+        """The changed layers cost dx W, x dW and the same in the pullback; those above them half; those below nothing."""
+        flops, layers = self.model.layer_flops(), self.model.layers()
+        changed = [not set(names).isdisjoint(layer) for layer in layers]
+        first = changed.index(True)
+        units = 0.0
+        for index in range(first, len(layers)):
+            moved = changed[index] + (index > first)  # products with dW, products with dx
+            units += 2 * moved * flops[index]
+        return units / sum(flops)
+
+
+@cache
+def _compiled(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """One compilation serves all blocks, whose shapes are equal."""
+    return torch.compile(rule)

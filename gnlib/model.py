@@ -1,0 +1,173 @@
+"""The paper's decoder language model: tokens -> features -> logits (arXiv 2510.09378, section 4).
+
+RMSNorm before attention and MLP, RoPE, LayerNorm on the whole query and key vectors before the heads are split, a
+two-matrix GELU MLP, an untied head, no biases, weights ~ N(0, 1/fan_in). Shapes: B sequences, S positions, D width,
+H heads, K = D/H, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gnlib.config import RunConfig
+
+ROPE_THETA = 1e4
+NORM_EPS = 1e-6
+
+
+class BlockTape(NamedTuple):
+    """What a block computed on the way, for its tangent (`gnlib.tangents`)."""
+
+    x: Tensor  # [B, S, D] the block's input
+    attention_in: Tensor  # [B, S, D] after the first norm
+    query: Tensor  # [B, S, D] before its LayerNorm
+    key: Tensor  # [B, S, D] before its LayerNorm
+    q: Tensor  # [B, H, S, K] normed and rotated
+    k: Tensor  # [B, H, S, K] normed and rotated
+    v: Tensor  # [B, H, S, K]
+    mixed: Tensor  # [B, S, D] the heads' outputs, before the output matrix
+    middle: Tensor  # [B, S, D] after attention
+    mlp_in: Tensor  # [B, S, D] after the second norm
+    hidden: Tensor  # [B, S, M] before GELU
+
+
+class Block(nn.Module):
+    """x -> x + Attention(RMSNorm(x)) =: m -> m + MLP(RMSNorm(m))."""
+
+    def __init__(self, width: int, mlp_width: int, heads: int) -> None:
+        super().__init__()
+        self.head_count = heads
+        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.query_norm = nn.LayerNorm(width, eps=NORM_EPS, bias=False)
+        self.key_norm = nn.LayerNorm(width, eps=NORM_EPS, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.up = nn.Linear(width, mlp_width, bias=False)
+        self.down = nn.Linear(mlp_width, width, bias=False)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, S, D] -> [B, H, S, K]."""
+        return x.unflatten(-1, (self.head_count, -1)).transpose(1, 2)
+
+    def primal(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, BlockTape]:
+        """The block's output [B, S, D] and the intermediate results that its tangent needs."""
+        attention_in = self.norm1(x)
+        query, key = self.query(attention_in), self.key(attention_in)
+        q = rotate(self.split(self.query_norm(query)), rotation)
+        k = rotate(self.split(self.key_norm(key)), rotation)
+        v = self.split(self.value(attention_in))
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms return fp32 and attention wants one dtype
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        middle = x + self.out(mixed)
+        mlp_in = self.norm2(middle)
+        hidden = self.up(mlp_in)
+        y = middle + self.down(F.gelu(hidden))
+        tape = (x, attention_in, query, key, q, k, v, mixed, middle, mlp_in, hidden)
+        return y, BlockTape(*(tensor.detach() for tensor in tape))  # detached: torch.compile would send zeros back
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        return self.primal(x, rotation)[0]
+
+
+class Decoder(nn.Module):
+    """tokens [B, S] -> logits [B, S, V]."""
+
+    def __init__(
+        self, vocabulary: int, width: int, mlp_width: int, blocks: int, heads: int, sequence_length: int
+    ) -> None:
+        super().__init__()
+        self.sequence_length = sequence_length
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width, mlp_width, heads) for _ in range(blocks))
+        self.rotation: Tensor
+        self.final_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.register_buffer("rotation", rope_table(sequence_length, width // heads).float(), persistent=False)
+
+    @staticmethod
+    def from_config(config: RunConfig) -> Decoder:
+        """The model of a run, at its random initialisation (in fp64 for precision fp64, else fp32)."""
+        size = config.model
+        model = Decoder(
+            config.data.vocabulary, size.width, size.mlp_width, size.blocks, size.heads, config.data.sequence_length
+        )
+        model.initialise(size.seed)
+        if config.compute.precision == "fp64":
+            model = model.double()
+            model.rotation = rope_table(config.data.sequence_length, size.width // size.heads)
+        return model
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Matrices ~ N(0, 1/fan_in), the embedding ~ N(0, 1/D), norm scales 1; the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+            else:
+                parameter.fill_(1.0)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """[B, S] -> normed features [B, S, D]."""
+        x = self.embedding(tokens)
+        rotation = self.rotation[:, : tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, rotation)
+        return self.final_norm(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.features(tokens))
+
+    def layers(self) -> list[list[str]]:
+        """Names of the parameters by layer: embedding, each block (the last with the final norm), head (section 3.2)."""
+        groups = [["embedding.weight"]]
+        for index, block in enumerate(self.blocks):
+            groups.append([f"blocks.{index}.{name}" for name, _ in block.named_parameters()])
+        groups[-1].append("final_norm.weight")
+        return [*groups, ["head.weight"]]
+
+    def hidden_matrices(self) -> list[str]:
+        """Names of the blocks' matrices: what Muon and the multi-normalised optimisers treat as matrices."""
+        return [name for name, p in self.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+
+    def layer_flops(self) -> list[float]:
+        """Matmul FLOPs of one sequence's forward pass by layer, in the order of `layers`.
+
+        Two per multiply-add; attention counted at its causal half: 2 products x S^2/2 x D x 2. The embedding is a
+        look-up and counts 0.
+        """
+        length = self.sequence_length
+        block = self.blocks[0]
+        matrices = sum(p.numel() for p in block.parameters() if p.ndim == 2)  # type: ignore[union-attr]
+        width = self.embedding.embedding_dim
+        per_block = 2.0 * length * matrices + 2.0 * length * length * width
+        return [0.0, *[per_block] * len(self.blocks), 2.0 * length * self.head.weight.numel()]
+
+
+def rope_table(length: int, features: int) -> Tensor:
+    """[2, S, K/2] in fp64: cosines and sines of position x theta^(-2i/K)."""
+    frequencies = ROPE_THETA ** (-torch.arange(0, features, 2, dtype=torch.float64) / features)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """RoPE: rotate the feature pairs (i, i + K/2) of x [B, H, S, K]; linear in x, so it is its own tangent."""
+    cosine, sine = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+def parameter_count(config: RunConfig) -> int:
+    """Parameters of the run's model, embedding and head included."""
+    with torch.device("meta"):
+        size = config.model
+        model = Decoder(config.data.vocabulary, size.width, size.mlp_width, size.blocks, size.heads, 2)
+    return sum(p.numel() for p in model.parameters())

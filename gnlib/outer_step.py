@@ -1,0 +1,156 @@
+"""One outer step of any method: solve a subproblem by inner steps, search the step length, move.
+
+    theta_hat = N optimiser steps on the objective around theta_t, each on a fresh inner batch
+    alpha     = line search along theta_hat - theta_t on fresh batches (1 without a search)
+    theta_t+1 = theta_t + alpha (theta_hat - theta_t)
+
+Full Gauss-Newton, layerwise, prox-linear and the baselines are this one step with different objectives, blocks and N
+(arXiv 2510.09378, section 3): a baseline is one step (N = 1) on the loss itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gnlib.blocks import hidden_matrices, partition
+from gnlib.config import RunConfig
+from gnlib.line_search import line_search, move
+from gnlib.losses import ConvexLoss
+from gnlib.objective import build_objective, forward_loss
+from gnlib.optimizers import Solver
+from gnlib.precision import matmul_precision
+from gnlib.schedules import learning_rate_factor
+
+
+class Stream(Protocol):
+    """Where batches come from; it counts the tokens (`gnlib.data.TokenStream`)."""
+
+    def take(self, count: int, purpose: str = "train") -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one outer step did."""
+
+    train_loss: float
+    """Mean loss at theta_t over the step's training batches, nats per token."""
+    step_size: float
+    """alpha."""
+    search_gain: float | None
+    """Search loss at theta_t minus at theta_{t+1}, nats per token; None without a search that includes 0."""
+    forward_passes: float
+    """Matmul cost, in forward passes of one sequence."""
+
+
+class OuterStep:
+    """The state of a method: its inner solution theta_hat, its optimisers, its place in the schedule.
+
+    The model holds theta_t. The inner solution and the optimisers' state carry over from one outer step to the next
+    (warm start) or start afresh; a baseline always starts at theta_t and keeps its optimiser's state.
+    """
+
+    def __init__(self, model: nn.Module, loss: ConvexLoss, config: RunConfig) -> None:
+        self.model, self.config = model, config
+        self.device = next(model.parameters()).device
+        self.forward_loss = forward_loss(loss, config.compute.compile)
+        self.objective = build_objective(config.method, loss, config.compute.compile)
+        self.solution = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        self.blocks = partition(model, config.method.blocks)
+        self.solvers = self._fresh_solvers()
+        self.done = 0
+
+    def _fresh_solvers(self) -> list[Solver]:
+        hidden = hidden_matrices(self.model)
+        return [Solver({n: self.solution[n] for n in block}, hidden, self.config.method.inner) for block in self.blocks]
+
+    def step(self, stream: Stream) -> StepInfo:
+        """One outer step on fresh batches of `stream`; the model ends at theta_{t+1}."""
+        anchor = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self._start(anchor)
+        train_loss, passes = self._solve(stream)
+        search = self.config.method.line_search
+        if search is None:
+            move(self.model, anchor, self.solution, 1.0)
+            step_size, gain = 1.0, None
+        else:
+            sequences = max(1, round(search.fraction * self.config.outer_batch))
+            batches = self._micro_batches(stream, sequences, "search")
+            with matmul_precision(self.config.compute, self.device):
+                found = line_search(self.model, self.forward_loss, anchor, self.solution, batches, search)
+            step_size = found.step_size
+            gain = found.losses[0.0] - found.losses[step_size] if search.zero else None
+            passes += found.forward_passes
+        self.done += 1
+        return StepInfo(train_loss, step_size, gain, passes)
+
+    @torch.no_grad()
+    def _start(self, anchor: dict[str, Tensor]) -> None:
+        method = self.config.method
+        if method.objective == "loss" or not method.inner.warm_start:
+            for name, theta in self.solution.items():
+                theta.copy_(anchor[name])
+        if method.objective != "loss" and not method.inner.warm_start:
+            self.solvers = self._fresh_solvers()
+
+    def _solve(self, stream: Stream) -> tuple[float, float]:
+        """The inner steps; returns the mean loss at theta_t and the cost."""
+        inner = self.config.method.inner
+        size = self.config.outer_batch // inner.steps
+        losses, passes = [], 0.0
+        for index in range(inner.steps):
+            factor = learning_rate_factor(inner, self.done, index, self.config.outer_steps)
+            gradients, loss, units = self._gradients(stream, size)
+            for solver, gradient in zip(self.solvers, gradients, strict=True):
+                solver.step(gradient, factor)
+            losses.append(loss)
+            passes += units * size
+        return torch.stack(losses).double().mean().item(), passes
+
+    def _gradients(self, stream: Stream, sequences: int) -> tuple[list[dict[str, Tensor]], Tensor, float]:
+        """Each block's gradient on the same fresh batch, the mean loss, and the cost per sequence."""
+        points = [{name: self.solution[name].detach() for name in block} for block in self.blocks]
+        totals: list[dict[str, Tensor]] = []
+        loss, units = torch.zeros((), device=self.device), 0.0
+        batches = list(self._micro_batches(stream, sequences, "train"))
+        for inputs, targets in batches:
+            with matmul_precision(self.config.compute, self.device):
+                evaluations = self.objective.evaluate(self.model, points, inputs, targets)
+            units = sum(e.forward_units for e in evaluations)
+            loss = loss + evaluations[0].loss / len(batches)
+            gradients = [e.gradient for e in evaluations]
+            totals = gradients if not totals else [_summed(t, g) for t, g in zip(totals, gradients, strict=True)]
+        return [{name: g / len(batches) for name, g in total.items()} for total in totals], loss, units
+
+    def _micro_batches(self, stream: Stream, sequences: int, purpose: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Equal batches of at most `compute.micro_batch` sequences, so that the mean of means is the mean.
+
+        Rounded up where `sequences` cannot be split so, which only a line search's can.
+        """
+        count = math.ceil(sequences / self.config.compute.micro_batch)
+        for _ in range(count):
+            yield stream.take(math.ceil(sequences / count), purpose)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "done": self.done,
+            "solution": {name: theta.detach() for name, theta in self.solution.items()},
+            "solvers": [solver.state_dict() for solver in self.solvers],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+        for name, theta in state["solution"].items():
+            self.solution[name].copy_(theta)
+        for solver, saved in zip(self.solvers, state["solvers"], strict=True):
+            solver.load_state_dict(saved)
+
+
+def _summed(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor + second[name] for name, tensor in first.items()}

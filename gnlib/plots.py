@@ -1,0 +1,66 @@
+"""Tables -> figures, one function each; the same colour for a method everywhere. Needs the `figures` extra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gnlib.files import home, replacing
+from gnlib.profiles import METHODS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+AXES = {
+    "outer_step": "Outer step",
+    "tokens": "Tokens processed, line search included",
+    "flops": "Matrix-product FLOPs",
+    "wall_s": "Seconds",
+}
+WIDTH = 5.5  # inches: one column
+
+
+def colours() -> dict[str, tuple[float, float, float]]:
+    """Method label -> colour of seaborn's colour-blind palette."""
+    import seaborn as sns
+
+    return dict(zip((method.label for method in METHODS.values()), sns.color_palette("colorblind"), strict=False))
+
+
+def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", title: str = "") -> Figure:
+    """Validation loss against `axis` (a key of AXES), one line a method, seeds as a band from lowest to highest."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    with sns.axes_style("whitegrid"), sns.plotting_context("paper"):
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
+        order = [name for name in colours() if name in set(curves["method"])]
+        for name in order:
+            _band(axes, curves[curves["method"] == name], axis, name)
+        axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
+        axes.annotate(f"target {target:g}", (1, target), (-2, 3), ("axes fraction", "data"), "offset points", ha="right")
+        n = curves.groupby("method")["seed"].nunique().max()
+        axes.set(xlabel=AXES[axis], ylabel="Validation loss (nats per token)", title=title)
+        axes.legend(title=f"{n} seed{'s' if n > 1 else ''}" + (", band: lowest to highest" if n > 1 else ""), fontsize=8)
+    plt.close(figure)  # the notebook shows the returned figure once
+    return figure
+
+
+def _band(axes, frame: pd.DataFrame, axis: str, name: str) -> None:
+    """Mean over the seeds that got as far; a run that ended early leaves the band."""
+    by_step = frame.groupby("outer_step")
+    x, loss = by_step[axis].mean(), by_step["val_loss"]
+    axes.plot(x, loss.mean(), color=colours()[name], label=name, marker="o", markersize=2.5, linewidth=1.2)
+    axes.fill_between(x, loss.min(), loss.max(), color=colours()[name], alpha=0.2, linewidth=0)
+
+
+def save(figure: Figure, table: pd.DataFrame, profile: str, stem: str) -> Path:
+    """Write figures/<profile>/<stem>.png, .pdf and .csv (the table behind the figure); returns the folder."""
+    folder = home() / "figures" / profile
+    for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):  # no dates: the same records, the same bytes
+        with replacing(folder / f"{stem}.{suffix}") as temporary:
+            figure.savefig(temporary, format=suffix, dpi=200, metadata=metadata)
+    with replacing(folder / f"{stem}.csv") as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    return folder

@@ -1,0 +1,270 @@
+"""Named configurations: a profile is a model, its data and its budgets; a method is what solves the outer step.
+
+    run_config("laptop", "gauss_newton", seed=1)        -> RunConfig, with the tuned learning rates if there are any
+
+Tuned settings are not written here: `gnlib tune` derives them from records and writes
+data/records/<profile>/tuned.json, which `run_config` reads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gnlib.config import ConfigError, RunConfig
+from gnlib.files import home
+
+Changes = dict[str, Any]  # dotted field of RunConfig -> value
+
+
+@dataclass(frozen=True)
+class Method:
+    label: str
+    """As in tables and figures."""
+    changes: Changes
+    is_gauss_newton: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "gauss_newton": Method(
+        "GN", {"method.objective": "gauss_newton", "method.line_search": {}, "method.inner.optimizer": "muon"}, True
+    ),
+    "layerwise": Method(
+        "Layerwise GN",
+        {
+            "method.objective": "gauss_newton",
+            "method.blocks": "layerwise",
+            "method.line_search": {},
+            "method.inner.optimizer": "muon",
+        },
+        True,
+    ),
+    "prox_linear": Method(
+        "GN-prox-linear",
+        {"method.objective": "prox_linear", "method.line_search": {}, "method.inner.optimizer": "muon"},
+        True,
+    ),
+    "muon": Method("Muon", {"method.inner.optimizer": "muon"}),
+    "soap": Method("SOAP", {"method.inner.optimizer": "soap", "method.inner.betas": (0.9, 0.95)}),
+    "adamw": Method("AdamW", {"method.inner.optimizer": "adamw"}),
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    name: str
+    summary: str
+    base: Changes
+    """What all its runs share, the outer batch included."""
+    gauss_newton: Changes
+    """Inner solver and budget of the Gauss-Newton methods, before tuning."""
+    baseline: Changes
+    """Budget of the baselines, before tuning."""
+    target: float
+    """Validation loss that steps are counted to, nats per token."""
+    most_steps: tuple[int, int]
+    """Outer steps at most: of the Gauss-Newton methods, of the baselines. A run that has not reached the target by
+    then is censored."""
+    methods: dict[str, Changes] = field(default_factory=dict)
+    """What single methods have beyond that."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Data orders that results are reported on; tuning uses seed 0."""
+
+
+_PAPER_INNER = {"method.inner.weight_decay": 1e-3, "method.inner.clip": 1.0}
+
+PROFILES: dict[str, Profile] = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            "tiny",
+            "seconds, on synthetic tokens; for tests",
+            {
+                "model": {"width": 16, "mlp_width": 32, "blocks": 2, "heads": 2},
+                "data": {"source": "synthetic", "vocabulary": 300, "sequence_length": 16},
+                "start.batch": 8,
+                "start.lr": 1e-2,
+                "outer_batch": 64,
+                "evaluation.sequences": 64,
+                "compute.micro_batch": 16,
+            },
+            {"method.inner.steps": 8, "outer_steps": 3, "method.line_search.fraction": 0.25},
+            {"outer_steps": 6, "method.inner.warmup": 1},
+            target=3.75,
+            most_steps=(3, 6),
+            seeds=(1,),
+        ),
+        Profile(
+            "laptop",
+            "230 k parameters on CPython's docstrings; minutes on 2 cores",
+            {"outer_batch": 2048, "evaluation.sequences": 512, "start.lr": 1.4e-2, "start.warmup": 40},
+            {
+                "method.inner.steps": 128,
+                "method.inner.adam_lr": 0.01,
+                "outer_steps": 5,
+                "method.line_search.fraction": 0.25,
+            },
+            {"outer_steps": 32, "method.inner.warmup": 3, "compute.micro_batch": 32},
+            target=4.05,
+            most_steps=(5, 32),
+            methods={
+                "muon": {"method.inner.lr": 0.1, "method.inner.adam_lr": 0.02},
+                "soap": {"method.inner.lr": 0.01, "method.inner.options": {"precondition_frequency": 1}},
+                "adamw": {"method.inner.lr": 0.01},
+            },
+        ),
+        Profile(
+            "h200",
+            "6.8 M parameters on your own English text (data/corpus/english.jsonl.zst); a minute a run on one H200",
+            {
+                "model": {"width": 256, "mlp_width": 1024, "blocks": 6, "heads": 4},
+                "data": {
+                    "source": "data/corpus/english.jsonl.zst",
+                    "vocabulary": 4096,
+                    "sequence_length": 512,
+                    "validation_fraction": 0.01,
+                },
+                "start": {"batch": 16, "lr": 4e-3, "warmup": 80},
+                "outer_batch": 4096,
+                "evaluation.sequences": 1024,
+                "compute": {"precision": "bf16", "compile": True, "micro_batch": 64},
+            },
+            {
+                "method.inner.steps": 64,
+                "method.inner.lr": 0.04,
+                "method.inner.adam_lr": 0.006,
+                "outer_steps": 6,
+                "method.line_search.fraction": 0.125,
+            },
+            {"outer_steps": 48, "method.inner.warmup": 8, "compute.micro_batch": 256},
+            target=4.1,
+            most_steps=(12, 64),
+            methods={
+                "muon": {"method.inner.lr": 0.04, "method.inner.adam_lr": 0.02},
+                "soap": {"method.inner.lr": 0.01, "method.inner.options": {"precondition_frequency": 1}},
+                "adamw": {"method.inner.lr": 0.004, "outer_steps": 64},
+            },
+        ),
+        Profile(
+            "paper-45m",
+            "the paper's 45M model on C4 with the T5 tokenizer (arXiv 2510.09378, section 4)",
+            {
+                "model": {"width": 512, "mlp_width": 2048, "blocks": 4, "heads": 8},
+                "data": {
+                    "source": "c4",
+                    "tokenizer": "google-t5/t5-base",
+                    "vocabulary": 32128,
+                    "sequence_length": 1024,
+                    "validation_fraction": 0.001,
+                    "max_tokens": 1_000_000_000,
+                },
+                "start": {"batch": 128, "lr": 3e-3, "warmup": 50},
+                "outer_batch": 4096,
+                "evaluation.sequences": 1024,
+                "compute": {"precision": "tf32", "compile": True, "micro_batch": 32},
+            },
+            {
+                "method.inner.steps": 128,
+                "method.inner.lr": 0.01,
+                "method.inner.schedule": "constant_inner_cosine",
+                "method.line_search.candidates": 5,
+                "outer_steps": 50,
+            },
+            {"outer_steps": 300, "method.inner.warmup": 20},
+            target=3.6,
+            most_steps=(50, 300),
+        ),
+        Profile(
+            "paper-150m",
+            "the paper's 150M model on C4 with the T5 tokenizer (arXiv 2510.09378, section 4)",
+            {
+                "model": {"width": 768, "mlp_width": 3072, "blocks": 12, "heads": 16},
+                "data": {
+                    "source": "c4",
+                    "tokenizer": "google-t5/t5-base",
+                    "vocabulary": 32128,
+                    "sequence_length": 1024,
+                    "validation_fraction": 0.001,
+                    "max_tokens": 3_000_000_000,
+                },
+                "start": {"batch": 256, "lr": 1e-3, "warmup": 100},
+                "outer_batch": 122880,
+                "evaluation.sequences": 1024,
+                "compute": {"precision": "tf32", "compile": True, "micro_batch": 128},
+            },
+            {
+                "method.inner.steps": 960,
+                "method.inner.lr": 0.003,
+                "method.ridge": 0.01,
+                "method.line_search.candidates": 10,
+                "outer_steps": 60,
+            },
+            {"outer_steps": 900, "method.inner.warmup": 50},
+            target=3.25,
+            most_steps=(60, 900),
+        ),
+    )
+}
+
+
+def find_profile(name: str) -> Profile:
+    """By name; ConfigError with the allowed names for another."""
+    if name not in PROFILES:
+        raise ConfigError(f"profile: no profile {name!r}; allowed: {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def find_method(name: str) -> Method:
+    """By name; ConfigError with the near names for another."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS) or list(METHODS)
+        raise ConfigError(f"method: no method {name!r}; near or allowed: {', '.join(near)}")
+    return METHODS[name]
+
+
+def records_folder(profile: str) -> Path:
+    """Where a profile's shipped records and tuned settings lie."""
+    return home() / "data" / "records" / profile
+
+
+def tuned(profile: str, method: str) -> Changes:
+    """The tuned settings of a method at the profile's outer batch; empty before `gnlib tune`."""
+    path = records_folder(profile) / "tuned.json"
+    return json.loads(path.read_text()).get(method, {}).get("settings", {}) if path.exists() else {}
+
+
+def run_config(
+    profile: str, method: str, seed: int = 0, changes: Changes | None = None, use_tuned: bool = True
+) -> RunConfig:
+    """The run of a method in a profile: the profile's settings, then the tuned ones, then `changes`."""
+    setting, kind = find_profile(profile), find_method(method)
+    layers = [
+        setting.base,
+        kind.changes,
+        _PAPER_INNER,
+        setting.gauss_newton if kind.is_gauss_newton else setting.baseline,
+        setting.methods.get(method, {}),
+        tuned(profile, method) if use_tuned else {},
+        {"seed": seed},
+        changes or {},
+    ]
+    return RunConfig().replace(*layers)
+
+
+def method_of(config: RunConfig) -> str:
+    """The method's name of a configuration: the one whose defining fields it has; else its objective and optimiser."""
+    inner, objective = config.method.inner, config.method.objective
+    if objective == "loss":
+        return inner.optimizer
+    if objective == "prox_linear":
+        return "prox_linear" if config.method.blocks == "full" else f"{config.method.blocks}_prox_linear"
+    return {"full": "gauss_newton", "layerwise": "layerwise", "matrix": "matrixwise"}[config.method.blocks]
+
+
+def label(config: RunConfig) -> str:
+    """The method's name in tables and figures."""
+    name = method_of(config)
+    return METHODS[name].label if name in METHODS else name

@@ -1,0 +1,160 @@
+"""Records -> tidy tables: curves, steps and tokens to a target loss, ratios with intervals.
+
+pandas is imported where it is used; it comes with the `figures` extra.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gnlib.profiles import METHODS, label
+from gnlib.record import Record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# two-sided 95 % points of Student's t for n - 1 = 1, 2, ... degrees of freedom; the normal's beyond
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where a run first reached the target, between two evaluations by linear interpolation of the loss."""
+
+    steps: float
+    """Outer steps; where censored, those the run had, a lower bound."""
+    tokens: float
+    """Tokens for training and line search together."""
+    censored: bool
+    """The run ended, or diverged, above the target."""
+
+
+def crossing(record: Record, target: float) -> Crossing:
+    """Steps and tokens to `target` (nats per token)."""
+    rows = record.rows
+    for before, after in zip([rows[0], *rows], rows, strict=False):
+        high, low = before["val_loss"], after["val_loss"]
+        if high is None or low is None or low > target:
+            continue
+        share = 1.0 if high <= target else (high - target) / (high - low)
+        steps = before["outer_step"] + share * (after["outer_step"] - before["outer_step"])
+        tokens = [row["tokens_train"] + row["tokens_search"] for row in (before, after)]
+        return Crossing(steps, tokens[0] + share * (tokens[1] - tokens[0]), False)
+    last = rows[-1]
+    return Crossing(last["outer_step"], last["tokens_train"] + last["tokens_search"], True)
+
+
+def curves(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per evaluation: the columns of `record.Row`, with method, batch (tokens), seed, status and run."""
+    import pandas as pd
+
+    frame = pd.DataFrame([_identity(record) | row for record in records for row in record.rows])
+    frame["tokens"] = frame["tokens_train"] + frame["tokens_search"]
+    return frame
+
+
+def steps_to_target(records: Sequence[Record], target: float) -> pd.DataFrame:
+    """One row per run: steps and tokens to the target, whether censored, the final loss."""
+    import pandas as pd
+
+    rows = []
+    for record in records:
+        reached = crossing(record, target)
+        final = record.rows[-1]["val_loss"]
+        rows.append(_identity(record) | vars(reached) | {"final_loss": math.nan if final is None else final})
+    return pd.DataFrame(rows)
+
+
+def _identity(record: Record) -> dict[str, object]:
+    config = record.config
+    return {
+        "method": label(config),
+        "batch": config.outer_batch_tokens,
+        "seed": config.seed,
+        "status": record.status,
+        "run": config.recipe_id,
+    }
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval."""
+
+    mean: float
+    half_width: float | None
+    """Of Student's t interval; None for n = 1."""
+    n: int
+    censored: int = 0
+    """How many of the n are lower bounds, which makes the mean one too."""
+
+    def __str__(self) -> str:
+        spread = "" if self.half_width is None else f" ± {self.half_width:.2f}"
+        return f"{'≥ ' if self.censored else ''}{self.mean:.2f}{spread}"
+
+
+def estimate(values: Sequence[float], censored: Sequence[bool] = ()) -> Estimate:
+    """Mean and 95 % interval (Student's t over the seeds)."""
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return Estimate(mean, None, n, sum(censored))
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
+    return Estimate(mean, t * deviation / math.sqrt(n), n, sum(censored))
+
+
+def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records grouped by the method's label, in the order of `profiles.METHODS`, seeds ascending."""
+    groups: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.config.seed):
+        groups.setdefault(label(record.config), []).append(record)
+    order = [method.label for method in METHODS.values()]
+    return {name: groups[name] for name in sorted(groups, key=lambda n: order.index(n) if n in order else len(order))}
+
+
+def ratio(
+    numerator: Sequence[Record], denominator: Sequence[Record], target: float, of: Callable[[Crossing], float]
+) -> Estimate:
+    """Mean over shared seeds of a quantity's ratio, e.g. steps to target of a baseline over Gauss-Newton's.
+
+    A censored numerator makes it a lower bound; a denominator that is censored, or zero because the start is below the
+    target, gives no ratio (nan).
+    """
+    below = {record.config.seed: crossing(record, target) for record in denominator}
+    above = {record.config.seed: crossing(record, target) for record in numerator}
+    seeds = sorted(below.keys() & above.keys())
+    if not seeds or any(below[seed].censored or not of(below[seed]) for seed in seeds):
+        return Estimate(math.nan, None, len(seeds))
+    return estimate([of(above[s]) / of(below[s]) for s in seeds], [above[s].censored for s in seeds])
+
+
+def summary(records: Sequence[Record], target: float, reference: str = "GN") -> pd.DataFrame:
+    """The table of the iteration-complexity figure: per method, steps and tokens to target and ratios to `reference`."""
+    import pandas as pd
+
+    groups = by_method(records)
+    rows = []
+    for name, runs in groups.items():
+        reached = [crossing(record, target) for record in runs]
+        censored = [c.censored for c in reached]
+        rows.append(
+            {
+                "method": name,
+                "n": len(runs),
+                "reached": f"{len(runs) - sum(censored)} of {len(runs)}",
+                "steps": str(estimate([c.steps for c in reached], censored)),
+                f"steps / {reference}": str(ratio(runs, groups[reference], target, lambda c: c.steps)),
+                "Mtokens": str(estimate([c.tokens / 1e6 for c in reached], censored)),
+                f"tokens / {reference}": str(ratio(runs, groups[reference], target, lambda c: c.tokens)),
+                "final loss": str(estimate([_final(record) for record in runs])),
+            }
+        )
+    return pd.DataFrame(rows).set_index("method")
+
+
+def _final(record: Record) -> float:
+    loss = record.rows[-1]["val_loss"]
+    return math.nan if loss is None else loss

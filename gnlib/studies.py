@@ -1,0 +1,25 @@
+"""The studies by name: which runs each figure is made of, in each profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from gnlib.config import ConfigError, RunConfig
+from gnlib.profiles import METHODS, find_profile, run_config
+
+Study = Callable[[str, Sequence[int]], list[RunConfig]]  # profile, seeds -> runs
+
+
+def iteration_complexity(profile: str, seeds: Sequence[int]) -> list[RunConfig]:
+    """Figure 1: every method at the profile's outer batch, with its tuned settings, all seeds."""
+    return [run_config(profile, method, seed) for seed in seeds for method in METHODS]
+
+
+STUDIES: dict[str, Study] = {"iteration_complexity": iteration_complexity}
+
+
+def study_configs(name: str, profile: str, seeds: Sequence[int] | None = None) -> list[RunConfig]:
+    """The runs of a study; the profile's own seeds by default. ConfigError for an unknown name."""
+    if name not in STUDIES:
+        raise ConfigError(f"study: no study {name!r}; allowed: {', '.join(STUDIES)}")
+    return STUDIES[name](profile, seeds or find_profile(profile).seeds)

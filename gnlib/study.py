@@ -1,0 +1,174 @@
+"""A study: a declared list of runs. Finds what exists, runs what is missing on this machine, reports what failed.
+
+Each run is a process of its own (`gnlib train --config`), so that a failing one does not stop the others and a killed
+study loses nothing that a run has checkpointed. `jobs` processes run at once, dealt out over the GPUs if there are any.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from tqdm.auto import tqdm
+
+from gnlib import record as records
+from gnlib.config import RunConfig
+from gnlib.files import data_folder, home, replacing
+from gnlib.profiles import label, records_folder
+from gnlib.record import Record, Row
+from gnlib.train import pinned, run_folder, start_config
+
+POLL_SECONDS = 0.2
+
+
+class StudyError(RuntimeError):
+    """Runs that failed, or that are missing where nothing may be trained; one line a run."""
+
+
+def find(configs: Sequence[RunConfig], profile: str, fresh: bool = False) -> list[Record | None]:
+    """The ended record of each configuration, or None.
+
+    Shipped records come first and data/runs second; `fresh` looks at data/runs alone. A record counts if its recipe is
+    the same: on another Python version the default corpus differs a little, and the shipped record says which it was.
+    """
+    folders = [data_folder() / "runs"] if fresh else [records_folder(profile), data_folder() / "runs"]
+    found: dict[str, Record] = {}
+    for folder in reversed(folders):
+        found |= {record.config.recipe_id: record for record in load_folder(folder) if record.ended}
+    return [found.get(config.recipe_id) for config in configs]
+
+
+def load_folder(folder: Path) -> Iterable[Record]:
+    """All records below a folder, of run folders and shipped ones alike."""
+    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*/record.jsonl")])
+    return (record for record in map(records.read, paths) if record is not None)
+
+
+def run_study(
+    configs: Sequence[RunConfig],
+    profile: str,
+    fresh: bool = False,
+    allow_run: bool | None = None,
+    jobs: int | None = None,
+    command: str = "gnlib study",
+) -> list[Record]:
+    """Records of all configurations, in order; what is missing is run first, with progress bars.
+
+    `fresh` ignores shipped records. With `allow_run` False (the default where $CI is set) a missing record raises
+    StudyError, naming `command`. Runs that fail raise StudyError after all others have ended.
+    """
+    missing = [config for config, record in zip(configs, find(configs, profile, fresh), strict=True) if record is None]
+    if allow_run is None:
+        allow_run = not os.environ.get("CI")
+    if missing and not allow_run:
+        raise StudyError(
+            f"{len(missing)} of {len(configs)} records are missing, the first is {describe(missing[0])}; run: {command}"
+        )
+    if missing:
+        missing = [pinned(config) for config in missing]
+        starts = {start.run_id: start for start in map(start_config, missing) if start.outer_steps}
+        execute([start for start in starts.values() if _unended(start)], jobs, keep_weights=True)
+        execute(missing, jobs)
+    found = find(configs, profile, fresh)
+    assert all(record is not None for record in found)
+    return [record for record in found if record is not None]
+
+
+def describe(config: RunConfig) -> str:
+    """A run in a few words."""
+    inner = config.method.inner
+    return f"{label(config)}, batch {config.outer_batch}, lr {inner.lr:g}, seed {config.seed} ({config.recipe_id})"
+
+
+def _unended(config: RunConfig) -> bool:
+    return not (run_folder(config) / "weights.pt").exists()
+
+
+@dataclass
+class _Job:
+    config: RunConfig
+    process: subprocess.Popen[bytes]
+    log: Path
+    bar: tqdm[None]
+
+
+def execute(configs: Sequence[RunConfig], jobs: int | None = None, keep_weights: bool = False) -> None:
+    """Run configurations as processes, `jobs` at a time (default: a GPU each, else half the cores' threads)."""
+    waiting, running, failed = list(configs), [], []
+    slots = list(range(jobs or default_jobs(configs)))
+    overall = tqdm(total=len(waiting), desc=f"{len(waiting)} runs", unit="run", disable=len(waiting) < 2)
+    free = slots.copy()
+    try:
+        while waiting or running:
+            while waiting and free:
+                slot = free.pop(0)
+                running.append((slot, _launch(waiting.pop(0), slot, keep_weights)))
+            time.sleep(POLL_SECONDS)
+            for slot, job in running.copy():
+                _show(job)
+                if job.process.poll() is not None:
+                    running.remove((slot, job))
+                    free.append(slot)
+                    job.bar.close()
+                    overall.update()
+                    if job.process.returncode:
+                        failed.append(_report(job))
+    finally:
+        for _, job in running:  # Ctrl-C: the runs continue from their checkpoints next time
+            job.process.terminate()
+            job.bar.close()
+        overall.close()
+    if failed:
+        raise StudyError("\n".join(failed))
+
+
+def default_jobs(configs: Sequence[RunConfig]) -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    threads = max((config.compute.threads for config in configs), default=1)
+    return max(1, len(os.sched_getaffinity(0)) // threads)
+
+
+def _launch(config: RunConfig, slot: int, keep_weights: bool) -> _Job:
+    folder = run_folder(config)
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(config.model_dump_json(indent=1) + "\n")
+    command = [sys.executable, "-m", "gnlib", "train", "--config", str(folder / "config.json"), "--quiet"]
+    command += ["--keep-weights"] if keep_weights else []
+    environment = os.environ | {"OMP_NUM_THREADS": str(config.compute.threads), "GNLIB_HOME": str(home())}
+    if torch.cuda.is_available():
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+    log = folder / "log.txt"
+    with open(log, "wb") as file:
+        process = _spawn(command, environment, file)
+    bar = tqdm(total=config.outer_steps, desc=describe(config), unit="step", position=slot + 1, leave=False)
+    return _Job(config, process, log, bar)
+
+
+def _spawn(command: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
+def _show(job: _Job) -> None:
+    record = records.read(run_folder(job.config) / "record.jsonl")
+    if record is not None and record.rows and record.rows[-1]["outer_step"] > job.bar.n:
+        show_row(job.bar, record.rows[-1])
+
+
+def show_row(bar: tqdm[None], row: Row) -> None:
+    """Bring a run's progress bar to an evaluated step."""
+    loss = row["val_loss"]
+    bar.set_postfix_str("loss -" if loss is None else f"loss {loss:.3f}", refresh=False)
+    bar.update(row["outer_step"] - bar.n)
+
+
+def _report(job: _Job) -> str:
+    tail = job.log.read_text(errors="replace").strip().splitlines()[-3:]
+    return f"{describe(job.config)} failed with exit code {job.process.returncode}: " + " | ".join(tail or ["no output"])

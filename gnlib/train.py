@@ -1,0 +1,233 @@
+"""The only training loop, for every method: outer steps, evaluation, record, checkpoint.
+
+A run lives in data/runs/<run_id>/ with record.jsonl, checkpoint.pt while it is under way, and weights.pt if asked for.
+The same call continues a killed run, with the losses bit for bit those of an uninterrupted one on CPU, and does
+nothing for a finished one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gnlib import record as records
+from gnlib.average import Average
+from gnlib.config import MethodConfig, RunConfig
+from gnlib.data import TokenStream, validation_batches
+from gnlib.files import data_folder, exclusive, replacing
+from gnlib.losses import CrossEntropy
+from gnlib.model import Decoder, parameter_count
+from gnlib.objective import forward_loss
+from gnlib.outer_step import OuterStep, StepInfo
+from gnlib.precision import matmul_precision
+from gnlib.prepare import prepare
+from gnlib.record import Record, Row
+
+TOKENS_PER_PARAMETER = 20  # Chinchilla (arXiv 2203.15556)
+DIVERGED = 1.5  # times the loss at the start
+
+OnRow = Callable[[RunConfig, Row], None]
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_folder(config: RunConfig) -> Path:
+    return data_folder() / "runs" / config.run_id
+
+
+def pinned(config: RunConfig) -> RunConfig:
+    """The configuration with its data prepared and their fingerprint filled in, which makes the run's name final."""
+    return config.replace({"data.fingerprint": prepare(config.data).fingerprint})
+
+
+def train(
+    config: RunConfig,
+    device: torch.device | None = None,
+    on_row: OnRow | None = None,
+    checkpoint_seconds: float = 20.0,
+    keep_weights: bool = False,
+) -> Record:
+    """Run a configuration to its end, or continue it, and return its record.
+
+    `on_row` is called with every new row. A checkpoint is written when `checkpoint_seconds` have passed since the
+    last one: a killed run loses at most that. Raises ConfigError before anything runs if the data do not fit.
+    """
+    config = pinned(config)
+    folder = run_folder(config)
+    with exclusive(folder / "run"):
+        done = records.read(folder / "record.jsonl")
+        if done is not None and done.ended and (not keep_weights or (folder / "weights.pt").exists()):
+            return done
+        run = _Run(config, device or default_device(), folder)
+        run.loop(on_row or (lambda config, row: None), checkpoint_seconds)
+        if keep_weights:
+            _save(folder / "weights.pt", run.model.state_dict())
+        return run.record
+
+
+def start_config(config: RunConfig) -> RunConfig:
+    """The AdamW run whose last weights every run with the same model, data and `start` begins from."""
+    start = config.start
+    tokens = start.chinchilla_fraction * TOKENS_PER_PARAMETER * parameter_count(config)
+    steps = math.ceil(tokens / (start.batch * config.data.sequence_length))
+    inner = {"optimizer": "adamw", "lr": start.lr, "warmup": start.warmup, "final": 0.1}
+    return RunConfig.parse(
+        {
+            "model": config.model,
+            "data": config.data,
+            "start": {"chinchilla_fraction": 0.0},
+            "method": MethodConfig.model_validate({"inner": inner}),
+            "outer_steps": steps,
+            "outer_batch": start.batch,
+            "evaluation": {"every": max(1, steps // 10), "sequences": config.evaluation.sequences},
+            # eager and deterministic: every machine of a kind makes the same start
+            "compute": config.compute.model_copy(
+                update={"micro_batch": start.batch, "compile": False, "deterministic": True}
+            ),
+            "seed": start.seed,
+        }
+    )
+
+
+def start_weights(config: RunConfig, device: torch.device) -> dict[str, Tensor] | None:
+    """Weights of the shared start checkpoint, made if missing; None for a start from the initialisation."""
+    if config.start.chinchilla_fraction == 0:
+        return None
+    start = pinned(start_config(config))
+    train(start, device, keep_weights=True)
+    return torch.load(run_folder(start) / "weights.pt", weights_only=True, map_location=device)
+
+
+class _Run:
+    """One run's state: everything that a checkpoint holds."""
+
+    def __init__(self, config: RunConfig, device: torch.device, folder: Path) -> None:
+        self.config, self.device, self.folder = config, device, folder
+        files = prepare(config.data)
+        self.model = Decoder.from_config(config).to(device)
+        weights = start_weights(config, device)  # may train, with settings of its own
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        torch.set_num_threads(config.compute.threads)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
+        torch.use_deterministic_algorithms(config.compute.deterministic, warn_only=True)
+        loss = CrossEntropy()
+        self.stream = TokenStream(files, config.seed, device)
+        self.method = OuterStep(self.model, loss, config)
+        self.average = Average(self.model, config.evaluation.average)
+        self.forward_loss = forward_loss(loss, config.compute.compile)
+        size = min(config.compute.micro_batch, config.evaluation.sequences)
+        self.validation = list(validation_batches(files, config.evaluation.sequences, size, device))
+        self.sequence_flops = sum(self.model.layer_flops())
+        self.flops, self.wall_s, self.peak_bytes = 0.0, 0.0, 0
+        self.record = Record(config, records.environment(device))
+        self._resume()
+
+    def loop(self, on_row: OnRow, checkpoint_seconds: float) -> None:
+        every, last = self.config.evaluation.every, self.config.outer_steps
+        if not self.record.rows:
+            self._append(self._row(None), on_row)
+        saved = time.monotonic()
+        while self.method.done < last and not self._diverged():
+            info = self._timed_step()
+            if self.method.done % every == 0 or self.method.done == last or not math.isfinite(info.train_loss):
+                self._append(self._row(info), on_row)
+            if time.monotonic() - saved > checkpoint_seconds:
+                _save(self.folder / "checkpoint.pt", self._state())
+                saved = time.monotonic()
+        self.record.status = "diverged" if self._diverged() else "finished"
+        records.append(self.folder / "record.jsonl", {"status": self.record.status})
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    def _timed_step(self) -> StepInfo:
+        began = time.perf_counter()
+        info = self.method.step(self.stream)  # ends with .item(), so the GPU is done
+        self.average.update(self.model)
+        self.wall_s += time.perf_counter() - began
+        self.flops += info.forward_passes * self.sequence_flops
+        self.peak_bytes = max(self.peak_bytes, _peak_bytes(self.device))
+        return info
+
+    def _row(self, info: StepInfo | None) -> Row:
+        return Row(
+            outer_step=self.method.done,
+            tokens_train=self.stream.tokens_train,
+            tokens_search=self.stream.tokens_search,
+            flops=self.flops,
+            wall_s=round(self.wall_s, 3),
+            peak_bytes=self.peak_bytes,
+            train_loss=records.finite(info.train_loss) if info else None,
+            val_loss=records.finite(self.evaluate()),
+            step_size=info.step_size if info else None,
+            search_gain=records.finite(info.search_gain) if info and info.search_gain is not None else None,
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss over the validation sequences, nats per token, of the averaged parameters if asked for."""
+        total, sequences = 0.0, 0
+        with self.average.in_place(self.model), matmul_precision(self.config.compute, self.device):
+            for inputs, targets in self.validation:
+                total += self.forward_loss(self.model, inputs, targets).item() * len(inputs)
+                sequences += len(inputs)
+        return total / sequences
+
+    def _diverged(self) -> bool:
+        """A loss that is not finite, or far above the start."""
+        rows = self.record.rows
+        loss, start = rows[-1]["val_loss"], rows[0]["val_loss"]
+        missing = len(rows) > 1 and rows[-1]["train_loss"] is None
+        return loss is None or start is None or missing or loss > DIVERGED * start
+
+    def _append(self, row: Row, on_row: OnRow) -> None:
+        self.record.rows.append(row)
+        if len(self.record.rows) == 1:
+            records.write(self.folder / "record.jsonl", self.record)
+        else:
+            records.append(self.folder / "record.jsonl", row)
+        on_row(self.config, row)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "method": self.method.state_dict(),
+            "stream": self.stream.state_dict(),
+            "average": self.average.state_dict(),
+            "costs": [self.flops, self.wall_s, self.peak_bytes],
+        }
+
+    def _resume(self) -> None:
+        """Continue from the checkpoint if there is one, with the record cut back to it; else start anew."""
+        checkpoint, path = self.folder / "checkpoint.pt", self.folder / "record.jsonl"
+        earlier = records.read(path)
+        if earlier is None or not checkpoint.exists():
+            return
+        state = torch.load(checkpoint, weights_only=True, map_location=self.device)
+        self.model.load_state_dict(state["model"])
+        self.method.load_state_dict(state["method"])
+        self.stream.load_state_dict(state["stream"])
+        self.average.load_state_dict(state["average"])
+        self.flops, self.wall_s, self.peak_bytes = state["costs"]
+        self.record.rows = [row for row in earlier.rows if row["outer_step"] <= self.method.done]
+        records.write(path, self.record)
+
+
+def _save(path: Path, state: Any) -> None:
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

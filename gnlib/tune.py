@@ -1,0 +1,127 @@
+"""Tuning a method as a study: a grid around the current best, extended until the best is interior to it.
+
+The score is the one the claims use: steps to the profile's target at the tuning seed 0; among runs that do not reach
+it, the final loss. Learning rates move by factors of 2 and the number of outer steps (the length of the schedule)
+along a ladder, until the best setting has worse neighbours on both sides along every axis. Every method is tuned so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gnlib.config import RunConfig
+from gnlib.files import exclusive, replacing
+from gnlib.profiles import Changes, find_method, find_profile, records_folder, run_config
+from gnlib.record import Record
+from gnlib.results import crossing
+from gnlib.study import run_study
+
+SEED = 0  # never one of the seeds that results are reported on
+STEPS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+MAX_ROUNDS = 12
+
+Point = tuple[int, ...]  # one index an axis
+Score = tuple[float, float]  # (steps to target or inf, final loss); smaller is better
+
+
+class Axis:
+    """One tuned field with its grid: index 0 is the value that the search starts from."""
+
+    def __init__(self, field: str, value: Callable[[int], float | int | None]) -> None:
+        self.field, self.value = field, value
+
+
+def geometric(field: str, start: float, factor: float = 2.0) -> Axis:
+    """start x factor^k."""
+    return Axis(field, lambda index: float(f"{start * factor**index:.4g}"))
+
+
+def ladder(field: str, start: int, most: int) -> Axis:
+    """The steps of STEPS up to `most`; None beyond either end."""
+    rungs = [steps for steps in STEPS if steps <= most]
+    origin = min(range(len(rungs)), key=lambda i: abs(rungs[i] - start))
+    return Axis(field, lambda index: rungs[origin + index] if 0 <= origin + index < len(rungs) else None)
+
+
+def axes_of(profile: str, method: str) -> list[Axis]:
+    """What is tuned: learning rates (both parts of Muon) and the number of outer steps up to the profile's cap."""
+    config = run_config(profile, method, use_tuned=False)
+    inner = config.method.inner
+    axes = [geometric("method.inner.lr", inner.lr)]
+    if inner.optimizer == "muon":
+        axes.append(geometric("method.inner.adam_lr", inner.adam_lr or inner.lr))
+    most = find_profile(profile).most_steps[0 if find_method(method).is_gauss_newton else 1]
+    return [*axes, ladder("outer_steps", config.outer_steps, most)]
+
+
+def score(record: Record, target: float) -> Score:
+    """Steps to target; if it was not reached, infinitely many and the best of the validation losses decides."""
+    reached = crossing(record, target)
+    final = record.rows[-1]["val_loss"]
+    loss = math.inf if final is None or record.status == "diverged" else final
+    return (math.inf if reached.censored else reached.steps, loss)
+
+
+def tune(profile: str, method: str, jobs: int | None = None, rounds: int = MAX_ROUNDS) -> dict[str, Any]:
+    """Search the grid and write the result to the profile's tuned.json; returns the method's entry.
+
+    The entry holds the settings, the score, whether the optimum is interior, and every trial with its run's name.
+    """
+    find_method(method)
+    axes, target = axes_of(profile, method), find_profile(profile).target
+    trials: dict[Point, tuple[Score, RunConfig]] = {}
+    best: Point = (0,) * len(axes)
+    for _ in range(rounds):
+        wanted = [point for point in [best, *neighbours(best)] if point not in trials and _settings(axes, point)]
+        if not wanted:
+            break
+        configs = [run_config(profile, method, SEED, _settings(axes, point), use_tuned=False) for point in wanted]
+        records = run_study(configs, profile, jobs=jobs, command=f"gnlib tune --profile {profile} --methods {method}")
+        for point, record in zip(wanted, records, strict=True):
+            trials[point] = (score(record, target), record.config)
+        best = min(trials, key=lambda point: trials[point][0])
+    interior = all(point in trials or not _settings(axes, point) for point in neighbours(best))
+    entry = _entry(axes, trials, best, interior)
+    _merge(profile, method, entry)
+    return entry
+
+
+def neighbours(point: Point) -> list[Point]:
+    """The points one step away along one axis."""
+    return [
+        (*point[:axis], point[axis] + step, *point[axis + 1 :]) for axis in range(len(point)) for step in (-1, 1)
+    ]
+
+
+def _settings(axes: list[Axis], point: Point) -> Changes | None:
+    """The point's values by field; None if one is beyond its axis."""
+    values = [axis.value(index) for axis, index in zip(axes, point, strict=True)]
+    if None in values:
+        return None
+    return {axis.field: value for axis, value in zip(axes, values, strict=True)}
+
+
+def _entry(
+    axes: list[Axis], trials: Mapping[Point, tuple[Score, RunConfig]], best: Point, interior: bool
+) -> dict[str, Any]:
+    def row(point: Point) -> dict[str, Any]:
+        (steps, loss), config = trials[point]
+        finite = {"steps_to_target": steps, "final_loss": loss}
+        return (_settings(axes, point) or {}) | {
+            name: round(value, 4) if math.isfinite(value) else None for name, value in finite.items()
+        } | {"run": config.recipe_id}
+
+    ordered = sorted(trials, key=lambda point: trials[point][0])
+    return {"settings": _settings(axes, best), "interior": interior, "trials": [row(point) for point in ordered]}
+
+
+def _merge(profile: str, method: str, entry: dict[str, Any]) -> None:
+    path = records_folder(profile) / "tuned.json"
+    with exclusive(path):  # several methods may be tuned at once
+        table = json.loads(path.read_text()) if path.exists() else {}
+        table[method] = entry
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")

@@ -1,0 +1,102 @@
+"""Partitions cover every trainable parameter once, and matrices for Muon are the hidden ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import BLOCKS, KINDS, mlp, tiny_decoder
+from torch import Tensor, nn
+
+from gnlib.blocks import hidden_matrices, partition
+
+
+class Foreign(nn.Module):
+    """Not ours: an embedding, a ModuleList of pairs, a Sequential, a bare parameter, a norm and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 6), "down": nn.Linear(6, 4)}) for _ in range(11))
+        self.tail = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+        self.norm = nn.LayerNorm(4)
+        self.readout = nn.Linear(4, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "decoder": tiny_decoder,
+    "foreign": Foreign,
+    "mlp": lambda: mlp((3, 4, 2), nn.Tanh),
+    "linear": lambda: nn.Linear(2, 3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_blocks_cover_every_parameter_exactly_once(model: str, kind: str) -> None:
+    built = MODELS[model]()
+    blocks = partition(built, kind)  # type: ignore[arg-type]
+    assert sorted(name for block in blocks for name in block) == sorted(name for name, _ in built.named_parameters())
+    assert all(blocks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_frozen_parameters_are_in_no_block(model: str, kind: str) -> None:
+    built = MODELS[model]()
+    frozen = next(name for name, _ in built.named_parameters())
+    built.get_parameter(frozen).requires_grad_(False)
+    blocks = partition(built, kind)  # type: ignore[arg-type]
+    expected = sorted(name for name, _ in built.named_parameters() if name != frozen)
+    assert sorted(name for block in blocks for name in block) == expected
+    assert all(blocks)
+
+
+def test_full_is_one_block_and_matrix_one_block_per_tensor() -> None:
+    model = tiny_decoder()
+    names = [name for name, _ in model.named_parameters()]
+    assert partition(model, "full") == [names]
+    assert partition(model, "matrix") == [[name] for name in names]
+
+
+def test_the_decoders_layers_are_embedding_blocks_and_head() -> None:
+    first, *blocks, last = partition(tiny_decoder(), "layerwise")
+    assert first == ["embedding.weight"] and last == ["head.weight"]
+    assert len(blocks) == BLOCKS
+    for index, block in enumerate(blocks):
+        assert f"blocks.{index}.query.weight" in block
+        assert all(name.startswith(f"blocks.{index}.") or name == "final_norm.weight" for name in block)
+
+
+def test_the_decoders_last_block_holds_the_final_norm() -> None:
+    blocks = partition(tiny_decoder(), "layerwise")
+    assert [index for index, block in enumerate(blocks) if "final_norm.weight" in block] == [BLOCKS]
+
+
+def test_the_layers_of_a_foreign_module_are_its_children_and_the_members_of_its_lists() -> None:
+    layers = partition(Foreign(), "layerwise")
+    assert [sorted({name.rpartition(".")[0] for name in layer}) for layer in layers] == [
+        [""], ["table"], *[[f"layers.{i}.down", f"layers.{i}.up"] for i in range(11)],
+        ["tail.0"], ["tail.2.0"], ["tail.2.1"], ["norm"], ["readout"],
+    ]
+
+
+def test_the_layers_of_a_sequential_model_are_its_members() -> None:
+    assert partition(mlp((3, 4, 2), nn.Tanh), "layerwise") == [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
+
+
+def test_the_decoders_hidden_matrices_are_those_of_its_blocks() -> None:
+    matrices = ("query", "key", "value", "out", "up", "down")
+    expected = {f"blocks.{index}.{name}.weight" for index in range(BLOCKS) for name in matrices}
+    assert hidden_matrices(tiny_decoder()) == expected
+
+
+def test_embedding_head_and_vectors_of_a_foreign_module_are_not_hidden_matrices() -> None:
+    expected = {f"layers.{i}.{name}.weight" for i in range(11) for name in ("up", "down")}
+    expected |= {"tail.0.weight", "tail.2.0.weight", "tail.2.1.weight"}
+    assert hidden_matrices(Foreign()) == expected

@@ -1,0 +1,147 @@
+"""Sources: the same documents from every kind of file, the same docstrings everywhere, and errors of one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gnlib import corpus
+from gnlib.config import ConfigError
+
+TEXTS = ["A first document.\nIts second line, with an é.", "A second one.\n\nIts second paragraph.", "A third one."]
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    """A file of the kind and compression that its name says; documents of .txt are two blank lines apart."""
+    kind, _, packing = path.name.partition(".")[2].partition(".")
+    plain = path.with_name("plain")
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), plain)
+    elif kind == "jsonl":
+        plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    else:
+        plain.write_text("\n\n\n".join(texts) + "\n", encoding="utf-8")
+    content = plain.read_bytes()
+    plain.unlink()
+    if packing == "zst":
+        content = pa.compress(content, codec="zstd", asbytes=True)
+    path.write_bytes(gzip.compress(content) if packing == "gz" else content)
+    return path
+
+
+def refusal(source: str) -> str:
+    """The message of the ConfigError that reading `source` raises."""
+    with pytest.raises(ConfigError) as caught:
+        list(corpus.documents(source))
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("extension", corpus.EXTENSIONS)
+def test_every_file_type_and_compression_yields_the_same_documents(extension: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"text{extension}", TEXTS)
+    assert list(corpus.documents(str(path))) == TEXTS
+    assert list(corpus.documents(str(path), skip=2)) == TEXTS[2:]
+
+
+def test_a_folder_is_read_in_sorted_order_and_a_txt_file_in_it_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep" / "z.jsonl.gz", ["last"])
+    write(tmp_path / "b.txt", ["one", "document"])
+    write(tmp_path / "a.parquet", ["first", " \n", "second"])
+    (tmp_path / "notes.md").write_text("not read")
+    expected = ["first", "second", "one\n\n\ndocument", "last"]
+    assert list(corpus.documents(str(tmp_path))) == expected
+
+
+def test_a_txt_file_without_two_blank_lines_is_grouped_to_8_kb(tmp_path: Path) -> None:
+    paragraph = "word " * 200  # 1 kB
+    (tmp_path / "a.txt").write_text("\n\n".join([paragraph] * 40) + "\n\n\n\n")
+    found = list(corpus.documents(str(tmp_path / "a.txt")))
+    assert len(found) == 5
+    assert all(8_000 < len(text) < 10_000 for text in found[:-1])
+    (tmp_path / "b.txt").write_text("no blank line at all\n" * 2_000)
+    assert len(list(corpus.documents(str(tmp_path / "b.txt")))) == 3
+
+
+def test_c4_streams_a_local_folder_and_continues_after_a_skip(tmp_path: Path) -> None:
+    for number in range(2):
+        write(tmp_path / f"{number}.parquet", [f"{number} {text}" for text in TEXTS])
+    expected = [f"{number} {text}" for number in range(2) for text in TEXTS]
+    assert list(corpus.documents(f"c4:{tmp_path}")) == expected
+    assert list(corpus.documents(f"c4:{tmp_path}", skip=4)) == expected[4:]
+
+
+def test_docstrings_do_not_depend_on_hash_seed_locale_folder_or_what_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "turtle.py").write_text('"""A module of someone else by a name of the library."""')
+    code = "from gnlib.corpus import documents; print(ascii(list(documents('docstrings'))))"
+    root = Path(__file__).parents[1]
+
+    def start(folder: Path, **changes: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(root), **changes}
+        return subprocess.Popen(
+            [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+        )
+
+    one = start(root, PYTHONHASHSEED="1", LC_ALL="C")
+    two = start(tmp_path, PYTHONHASHSEED="2", LC_ALL="C.UTF-8")
+    here = ascii(list(corpus.documents("docstrings")))
+    assert [process.communicate()[0].strip() == here for process in (one, two)] == [True, True]
+
+
+def test_docstrings_are_english_prose_without_duplicates() -> None:
+    found = list(corpus.documents("docstrings"))
+    paragraphs = [paragraph for text in found for paragraph in text.split("\n\n")]
+    assert 1_200_000 < sum(len(text.encode()) for text in found) < 2_500_000
+    assert len(found) > 300
+    assert len(set(paragraphs)) == len(paragraphs)
+    assert not any(">>>" in paragraph for paragraph in paragraphs)
+    words = [word for paragraph in paragraphs for word in paragraph.lower().split()]
+    assert sum(word in {"the", "a", "of", "to", "is", "and", "in", "if"} for word in words) > 0.2 * len(words)
+
+
+def test_identity_changes_with_the_content_of_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", TEXTS)
+    before = corpus.identity(str(path))
+    assert corpus.identity(str(path)) == before
+    path.write_text(path.read_text(encoding="utf-8").replace("third", "3rd 3"), encoding="utf-8")  # of the same size
+    assert corpus.identity(str(path)) != before
+
+
+def test_unreadable_sources_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "field.jsonl").write_text('{"text": "fine"}\n{"content": "wrong"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"text": "fi')
+    pq.write_table(pa.table({"content": ["wrong"]}), tmp_path / "column.parquet")
+    for name in ("bad.txt.gz", "bad.txt.zst", "bad.parquet", "bad.parquet.gz"):
+        (tmp_path / name).write_bytes(b"not what the name says")
+    (tmp_path / "empty").mkdir()
+    assert "allowed: docstrings, c4" in refusal(str(tmp_path / "missing.txt"))
+    assert "unknown extension; allowed: .txt, .txt.gz" in refusal(str(tmp_path / "a.pdf"))
+    assert "no .txt" in refusal(str(tmp_path / "empty"))
+    assert "line 2" in refusal(str(tmp_path / "field.jsonl"))
+    assert "no column text among content" in refusal(str(tmp_path / "column.parquet"))
+    for name in ("latin.txt", "torn.jsonl", "bad.txt.gz", "bad.txt.zst", "bad.parquet", "bad.parquet.gz"):
+        message = refusal(str(tmp_path / name))
+        assert "unreadable" in message and name in message
+
+
+def test_c4_without_the_package_or_the_network_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("cannot reach the hub\nwith a long story")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    assert "cannot stream allenai/c4: cannot reach the hub" in refusal("c4")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install gnlib[data]" in refusal("c4")

@@ -1,0 +1,41 @@
+"""Batching the matrices of one shape changes nothing but rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gnlib.muon import BatchedMuon
+
+SHAPES = [(8, 8), (24, 8), (8, 24), (8, 8), (24, 8), (1, 8)]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_batched_muon_is_torch_muon(nesterov: bool, adjust: str) -> None:
+    """Within a few units of bf16's last place after five steps, whose updates are of size lr."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    settings = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov, "adjust_lr_fn": adjust}
+    ends = []
+    for kind in (torch.optim.Muon, BatchedMuon):
+        parameters = [p.clone().requires_grad_() for p in start]
+        optimizer = kind(parameters, **settings)
+        gradients = torch.Generator().manual_seed(1)
+        for _ in range(5):
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=gradients)
+            optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in parameters]))
+    moved = (ends[0] - torch.cat([p.flatten() for p in start])).norm()
+    assert (ends[1] - ends[0]).norm() < 0.02 * moved
+
+
+def test_batched_muon_keeps_torch_muons_state() -> None:
+    """A checkpoint of one loads into the other."""
+    first = torch.nn.Parameter(torch.ones(4, 4))
+    plain, batched = torch.optim.Muon([first], lr=0.1), BatchedMuon([first], lr=0.1)
+    first.grad = torch.eye(4)
+    plain.step()
+    batched.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(batched.state[first]["momentum_buffer"], plain.state[first]["momentum_buffer"])

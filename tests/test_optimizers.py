@@ -1,0 +1,305 @@
+"""The registry's optimisers against slow references, and its one-line errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import normal, tiny_decoder
+from oracles import AdamWReference, assert_all_close, assert_close, clipped, flatten, muon, newton_schulz, soap
+from torch import Tensor
+
+from gnlib.blocks import hidden_matrices
+from gnlib.config import ConfigError, InnerConfig
+from gnlib.optimizers import Solver, find, registry
+
+SHAPES = {"tall": (6, 3), "wide": (3, 6), "vector": (5,), "square": (4, 4)}
+MATRICES = {"tall", "wide", "square"}
+FACTORS = (1.0, 0.5, 0.8, 0.1)  # of the learning rate, one a step
+
+
+def _inner(**settings: object) -> InnerConfig:
+    return InnerConfig.model_validate({"clip": None, **settings})
+
+
+def _start(names: list[str] | None = None) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    every = {name: normal(shape, generator) for name, shape in SHAPES.items()}
+    return {name: every[name] for name in names or SHAPES}
+
+
+def _gradients(like: dict[str, Tensor], steps: int = len(FACTORS)) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{name: normal(t.shape, generator) for name, t in like.items()} for _ in range(steps)]
+
+
+def _run(inner: InnerConfig, start: dict[str, Tensor], gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    parameters = {name: t.clone().requires_grad_() for name, t in start.items()}
+    solver = Solver(parameters, MATRICES & set(start), inner)
+    for index, gradient in enumerate(gradients):
+        solver.step(gradient, FACTORS[index % len(FACTORS)])
+    return {name: p.detach() for name, p in parameters.items()}
+
+
+# ---------------------------------------------------------------- AdamW
+
+
+@pytest.mark.parametrize("clip", [None, 1.0, 1e3])
+def test_adamw_follows_its_equations_with_clipping_and_a_schedule(clip: float | None) -> None:
+    start = _start()
+    gradients = _gradients(start)
+    inner = _inner(optimizer="adamw", lr=0.1, betas=(0.8, 0.95), weight_decay=0.3, clip=clip)
+    reference, theta = AdamWReference((0.8, 0.95), 0.3), start
+    for gradient, factor in zip(gradients, FACTORS, strict=True):
+        theta = reference.step(theta, clipped(gradient, clip), 0.1 * factor)
+    assert_all_close(_run(inner, start, gradients), theta)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_step_returns_the_gradient_norm_before_clipping(clip: float | None) -> None:
+    start = _start()
+    parameters = {name: t.requires_grad_() for name, t in start.items()}
+    solver = Solver(parameters, MATRICES, _inner(optimizer="sgd", clip=clip))
+    gradient = _gradients(start)[0]
+    expected = flatten(gradient).norm()
+    assert expected > 1
+    assert_close(solver.step(gradient, 1.0), expected)
+
+
+def test_sgd_follows_its_equations() -> None:
+    """v <- mu v + g; theta <- theta - lr v."""
+    start = _start()
+    gradients = _gradients(start)
+    found = _run(_inner(optimizer="sgd", lr=0.1, momentum=0.7, weight_decay=0.0), start, gradients)
+    theta, velocity = start, {name: torch.zeros_like(t) for name, t in start.items()}
+    for gradient, factor in zip(gradients, FACTORS, strict=True):
+        velocity = {name: 0.7 * velocity[name] + gradient[name] for name in start}
+        theta = {name: theta[name] - 0.1 * factor * velocity[name] for name in start}
+    assert_all_close(found, theta)
+
+
+# ---------------------------------------------------------------- Muon
+
+# torch.optim.Muon iterates in bfloat16 (unit roundoff 2^-9 = 0.002); five quintic steps with slope 3.4 leave about 1 %.
+# Momentum forgotten, no nesterov or another shape factor changes the total step by more than 10 % (asserted below).
+BFLOAT16 = 0.03
+
+
+@pytest.mark.parametrize("name", sorted(MATRICES))
+def test_muon_follows_its_equations_up_to_bfloat16(name: str) -> None:
+    start = _start([name])
+    gradients = _gradients(start)
+    inner = _inner(optimizer="muon", lr=0.1, momentum=0.9, weight_decay=0.2)
+    found = _run(inner, start, gradients)[name]
+    lrs = [0.1 * factor for factor in FACTORS]
+    expected = muon(start[name], [g[name] for g in gradients], lrs, 0.9, 0.2)
+    assert_close(found - start[name], expected - start[name], BFLOAT16)
+    others = {
+        "momentum": muon(start[name], [g[name] for g in gradients], lrs, 0.0, 0.2),
+        "weight decay": muon(start[name], [g[name] for g in gradients], lrs, 0.9, 0.0),
+    }
+    for what, other in others.items():
+        assert (other - expected).norm() > 2 * BFLOAT16 * (expected - start[name]).norm(), f"blind to {what}"
+
+
+def test_the_first_muon_step_is_orthogonalised_and_scaled_by_the_root_of_the_aspect_ratio() -> None:
+    for name in sorted(MATRICES):
+        start = _start([name])
+        gradient = _gradients(start)[:1]
+        step = start[name] - _run(_inner(optimizer="muon", lr=1.0, weight_decay=0.0), start, gradient)[name]
+        rows, columns = SHAPES[name]
+        assert_close(step / math.sqrt(max(1, rows / columns)), newton_schulz(gradient[0][name]), BFLOAT16)
+        singular = torch.linalg.svdvals(step) / math.sqrt(max(1, rows / columns))
+        assert singular.min() > 0.6 and singular.max() < 1.3
+
+
+def test_muon_leaves_vectors_and_other_parameters_to_adamw_with_its_own_rate() -> None:
+    """With adam_lr, and with lr where there is none; exactly AdamW's equations."""
+    start = _start()
+    gradients = _gradients(start)
+    for adam_lr in (0.03, None):
+        inner = _inner(optimizer="muon", lr=0.1, adam_lr=adam_lr, betas=(0.8, 0.95), weight_decay=0.3)
+        found = _run(inner, start, gradients)["vector"]
+        reference, theta = AdamWReference((0.8, 0.95), 0.3), {"vector": start["vector"]}
+        for gradient, factor in zip(gradients, FACTORS, strict=True):
+            theta = reference.step(theta, {"vector": gradient["vector"]}, (adam_lr or 0.1) * factor)
+        assert_close(found, theta["vector"])
+
+
+def test_muon_takes_the_decoders_hidden_matrices_and_adamw_the_rest() -> None:
+    model = tiny_decoder()
+    parameters = dict(model.named_parameters())
+    solver = Solver(parameters, hidden_matrices(model), _inner(optimizer="muon"))
+    names = {id(p): name for name, p in parameters.items()}
+    split = {
+        type(o).__name__: {names[id(p)] for group in o.param_groups for p in group["params"]} for o in solver.optimizers
+    }
+    assert split["Muon"] == {n for n, p in parameters.items() if n.startswith("blocks.") and p.ndim == 2}
+    assert split["AdamW"] == set(parameters) - split["Muon"]
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("tall", ["Muon"]), ("vector", ["AdamW"])])
+def test_a_block_of_one_kind_has_one_optimiser(name: str, kinds: list[str]) -> None:
+    solver = Solver({n: t.requires_grad_() for n, t in _start([name]).items()}, MATRICES, _inner(optimizer="muon"))
+    assert [type(o).__name__ for o in solver.optimizers] == kinds
+
+
+def test_muon_options_reach_muon_alone() -> None:
+    start = _start(["tall", "vector"])
+    inner = _inner(optimizer="muon", options={"nesterov": False, "ns_steps": 6})
+    muon_optimizer, adamw = Solver({n: t.requires_grad_() for n, t in start.items()}, MATRICES, inner).optimizers
+    assert muon_optimizer.param_groups[0]["nesterov"] is False and muon_optimizer.param_groups[0]["ns_steps"] == 6
+    assert "ns_steps" not in adamw.param_groups[0]
+
+
+# ---------------------------------------------------------------- SOAP
+
+
+def _soap_inner(frequency: int) -> InnerConfig:
+    options = {"precondition_frequency": frequency}
+    return _inner(optimizer="soap", lr=0.1, betas=(0.9, 0.95), weight_decay=0.3, options=options)
+
+
+@pytest.mark.parametrize(
+    # pytorch_optimizer takes its QR in float32 (roundoff 6e-8): exact until the first change of basis, then to 1e-5
+    ("frequency", "steps", "tolerance"), [(10, 5, 1e-10), (2, 9, 1e-5), (1, 6, 1e-5)]
+)
+@pytest.mark.parametrize("name", ["square", "small"])
+def test_soap_follows_its_algorithm(name: str, frequency: int, steps: int, tolerance: float) -> None:
+    shape = {"square": (4, 4), "small": (4, 3)}[name]
+    start = {"matrix": normal(shape, torch.Generator().manual_seed(2))}
+    gradients = _gradients(start, steps)
+    solver = Solver({"matrix": start["matrix"].clone().requires_grad_()}, {"matrix"}, _soap_inner(frequency))
+    for gradient in gradients:
+        solver.step(gradient, 1.0)
+    expected = soap(start["matrix"], [g["matrix"] for g in gradients], 0.1, (0.9, 0.95), 0.3, frequency)
+    assert_close(solver.parameters["matrix"] - start["matrix"], expected - start["matrix"], tolerance)
+
+
+def test_the_first_soap_step_only_initialises_its_preconditioner() -> None:
+    start = _start(["square", "vector"])
+    found = _run(_inner(optimizer="soap", lr=0.1), start, _gradients(start)[:1])
+    assert all(torch.equal(found[name], start[name]) for name in start)
+
+
+def test_soap_preconditions_every_ten_steps_by_default() -> None:
+    solver = Solver({"tall": _start(["tall"])["tall"].requires_grad_()}, MATRICES, _inner(optimizer="soap"))
+    assert solver.optimizers[0].param_groups[0]["precondition_frequency"] == 10
+
+
+# ---------------------------------------------------------------- every entry
+
+
+@pytest.mark.parametrize("optimizer", registry)
+def test_every_optimiser_moves_every_parameter_downhill(optimizer: str) -> None:
+    """On 1/2 |theta|^2 from the same start: the value falls in 20 steps."""
+    parameters = {name: t.clone().requires_grad_() for name, t in _start().items()}
+    solver = Solver(parameters, MATRICES, _inner(optimizer=optimizer, lr=0.02, weight_decay=0.0))
+    before = {name: p.detach().norm() for name, p in parameters.items()}
+    for _ in range(20):
+        solver.step({name: p.detach().clone() for name, p in parameters.items()}, 1.0)
+    for name, p in parameters.items():
+        assert p.detach().norm() < before[name], name
+
+
+@pytest.mark.parametrize("optimizer", registry)
+def test_a_rate_factor_of_zero_moves_nothing(optimizer: str) -> None:
+    start = _start()
+    parameters = {name: t.clone().requires_grad_() for name, t in start.items()}
+    solver = Solver(parameters, MATRICES, _inner(optimizer=optimizer, weight_decay=0.1))
+    for gradient in _gradients(start):
+        solver.step(gradient, 0.0)
+    assert all(torch.equal(p, start[name]) for name, p in parameters.items())
+
+
+def test_an_import_path_names_an_optimiser_of_the_users_own() -> None:
+    start = _start()
+    gradients = _gradients(start)
+    settings = {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.3}
+    found = _run(_inner(optimizer="torch.optim.AdamW", **settings), start, gradients)
+    assert_all_close(found, _run(_inner(optimizer="adamw", **settings), start, gradients), 1e-15)
+
+
+@pytest.mark.parametrize("path", ["torch.optim.Adagrad", "torch.optim.Rprop", "pytorch_optimizer.Lion"])
+def test_an_imported_optimiser_gets_the_learning_rate(path: str) -> None:
+    solver = Solver({n: t.requires_grad_() for n, t in _start().items()}, MATRICES, _inner(optimizer=path, lr=0.123))
+    assert [group["lr"] for o in solver.optimizers for group in o.param_groups] == [0.123]
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _refused(**settings: object) -> str:
+    with pytest.raises(ConfigError) as error:
+        Solver({n: t.requires_grad_() for n, t in _start().items()}, MATRICES, _inner(**settings))
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith("method.inner.")
+    return message
+
+
+@pytest.mark.parametrize(("name", "near"), [("moun", "muon"), ("adam", "adamw"), ("saop", "soap")])
+def test_an_unknown_name_lists_the_near_ones(name: str, near: str) -> None:
+    message = _refused(optimizer=name)
+    assert message.startswith("method.inner.optimizer: ")
+    assert repr(name) in message and near in message.split(":")[-1]
+
+
+def test_a_name_near_to_nothing_lists_them_all() -> None:
+    message = _refused(optimizer="xyzzy")
+    assert all(name in message for name in registry)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["no_such_package.AdamW", "torch.optim.AdamWW", "torch.no_such.AdamW", ".AdamW", "..AdamW", "torch.optim.", "."],
+)
+def test_a_path_that_does_not_import_is_a_one_line_error(path: str) -> None:
+    message = _refused(optimizer=path)
+    assert message.startswith("method.inner.optimizer: ") and repr(path) in message
+
+
+@pytest.mark.parametrize("path", ["torch.nn.Linear", "torch.optim.lr_scheduler", "torch.tensor", "math.pi"])
+def test_something_that_is_no_optimiser_class_is_a_one_line_error(path: str) -> None:
+    assert path in _refused(optimizer=path)
+
+
+@pytest.mark.parametrize("optimizer", [*registry, "torch.optim.Adagrad", "pytorch_optimizer.SOAP"])
+def test_an_unknown_option_is_a_one_line_error_that_names_it_and_the_allowed_ones(optimizer: str) -> None:
+    message = _refused(optimizer=optimizer, options={"warp_factor": 9})
+    assert message.startswith("method.inner.options: ")
+    assert "'warp_factor'" in message and "lr" in message.split("allowed:")[1]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "option"),
+    [("muon", {"adjust_lr_fn": "mine"}), ("adamw", {"eps": -1.0}), ("adamw", {"eps": "small"}), ("soap", {"eps": -1.0}),
+     ("sgd", {"nesterov": True, "dampening": 0.5})],
+)
+def test_an_impossible_option_is_a_one_line_error(optimizer: str, option: dict[str, object]) -> None:
+    assert _refused(optimizer=optimizer, options=option).startswith("method.inner.options: ")
+
+
+def test_a_solver_continues_from_its_saved_state() -> None:
+    start = _start()
+    gradients = _gradients(start, 6)
+    for optimizer in registry:
+        inner = _inner(optimizer=optimizer, lr=0.1)
+        whole = _run(inner, start, gradients)
+        first = {name: t.clone().requires_grad_() for name, t in start.items()}
+        solver = Solver(first, MATRICES, inner)
+        for index in range(3):
+            solver.step(gradients[index], FACTORS[index % len(FACTORS)])
+        second = {name: p.detach().clone().requires_grad_() for name, p in first.items()}
+        resumed = Solver(second, MATRICES, inner)
+        resumed.load_state_dict(solver.state_dict())
+        for index in range(3, 6):
+            resumed.step(gradients[index], FACTORS[index % len(FACTORS)])
+        assert all(torch.equal(second[name], whole[name]) for name in start), optimizer
+
+
+def test_every_entry_has_a_label_and_a_source() -> None:
+    for name, entry in registry.items():
+        assert find(name) is entry
+        assert entry.label and entry.source
