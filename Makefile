@@ -15,7 +15,7 @@ WORKERS ?= 2
 STUDY = iteration_complexity
 NOTEBOOK = 01_iteration_complexity
 STUDIES = iteration_complexity
-SEEDS = [1]
+SEEDS = 1
 GNLIB = $(BIN)/gnlib
 PAPERMILL = $(BIN)/papermill --kernel python3 -p profile $(PROFILE)
 EXECUTED = data/notebooks/$(PROFILE)
@@ -50,10 +50,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 reproduce: setup ## train what is missing for the first claim, run its notebook, check the claims
-	$(GNLIB) study $(STUDY) --profile $(PROFILE) --fresh
+	$(GNLIB) study $(STUDY) --profile $(PROFILE) --seeds $(SEEDS) --fresh
 	@mkdir -p $(EXECUTED)
-	$(PAPERMILL) -p rerun True -y "seeds: $(SEEDS)" notebooks/$(NOTEBOOK).ipynb $(EXECUTED)/$(NOTEBOOK).ipynb
-	$(GNLIB) claims --profile $(PROFILE) --fresh
+	$(PAPERMILL) -p rerun True -y "seeds: [$(SEEDS)]" notebooks/$(NOTEBOOK).ipynb $(EXECUTED)/$(NOTEBOOK).ipynb
+	$(GNLIB) claims --profile $(PROFILE) --seeds $(SEEDS) --fresh
 
 reproduce-all: setup ## the same for every study and notebook
 	for study in $(STUDIES); do $(GNLIB) study $$study --profile $(PROFILE) --fresh || exit 1; done

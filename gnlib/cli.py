@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from gnlib import claims as claim_rows
 from gnlib import export as exports
+from gnlib import readme as readme_table
 from gnlib.config import ConfigError, RunConfig
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import METHODS, PROFILES, find_profile, run_config
 from gnlib.studies import study_configs
 from gnlib.study import StudyError, describe, find, run_study, show_row
-from gnlib.train import pinned, run_folder
+from gnlib.train import run_folder
 from gnlib.train import train as train_run
 from gnlib.tune import tune as tune_method
 
@@ -67,7 +68,8 @@ def train(
     with tqdm(total=chosen.outer_steps, desc=describe(chosen), unit="step", disable=quiet) as bar:
         record = train_run(chosen, on_row=lambda _, row: show_row(bar, row), keep_weights=keep_weights)
     last = record.rows[-1]
-    print(f"{record.status} at step {last['outer_step']}, validation loss {last['val_loss']}: {run_folder(pinned(chosen))}")
+    where = run_folder(record.config)
+    print(f"{record.status} at step {last['outer_step']}, validation loss {last['val_loss']}: {where}")
 
 
 @app.command
@@ -75,6 +77,7 @@ def study(
     name: Name,
     profile: str = "laptop",
     seeds: tuple[int, ...] = (),
+    methods: tuple[str, ...] = tuple(METHODS),
     jobs: int | None = None,
     fresh: bool = False,
     dry_run: bool = False,
@@ -85,11 +88,12 @@ def study(
         name: iteration_complexity.
         profile: A name listed by `gnlib profiles`.
         seeds: Data orders; the profile's own by default.
+        methods: Only these, of those listed by `gnlib profiles`.
         jobs: Runs at a time; one per core or GPU by default.
         fresh: Do not count shipped records as done.
         dry_run: Only say what exists and what is missing.
     """
-    configs = study_configs(name, profile, seeds)
+    configs = study_configs(name, profile, seeds, methods)
     missing = [c for c, record in zip(configs, find(configs, profile, fresh), strict=True) if record is None]
     print(f"{name}, profile {profile}: {len(configs)} runs, {len(missing)} to run", flush=True)
     if dry_run:
@@ -100,11 +104,20 @@ def study(
 
 
 @app.command
-def tune(profile: str = "laptop", methods: tuple[str, ...] = tuple(METHODS), jobs: int | None = None) -> None:
-    """Tune methods until each optimum is interior to its grid, and write the profile's tuned.json."""
+def tune(
+    profile: str = "laptop", methods: tuple[str, ...] = tuple(METHODS), jobs: int | None = None, no_run: bool = False
+) -> None:
+    """Tune methods until each optimum is interior to its grid, and write the profile's tuned.json.
+
+    Args:
+        profile: A name listed by `gnlib profiles`.
+        methods: Names listed by `gnlib profiles`; all by default.
+        jobs: Runs at a time; one per core or GPU by default.
+        no_run: Only read the records there are.
+    """
     find_profile(profile)
     for method in methods:
-        entry = tune_method(profile, method, jobs)
+        entry = tune_method(profile, method, jobs, allow_run=not no_run)
         where = "interior" if entry["interior"] else "NOT interior"
         print(f"{method}: {entry['settings']}, {where} among {len(entry['trials'])} trials")
 
@@ -133,6 +146,12 @@ def export(profile: str = "laptop") -> None:
 def verify() -> None:
     """Check that the shipped records are those of their manifests."""
     print(f"{exports.verify()} shipped records are intact")
+
+
+@app.command
+def readme() -> None:
+    """Bring the claims table in README.md up to date with the shipped records."""
+    readme_table.update()
 
 
 def _assignment(text: str) -> tuple[str, object]:

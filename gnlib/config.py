@@ -6,6 +6,7 @@ losses bit for bit on CPU. Every field has its unit below it. Ready-made configu
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ class DataConfig(Section):
     """`docstrings` (CPython's own prose, no download), `c4` (allenai/c4 "en", streamed), `synthetic` (seeded tokens for
     tests), or the path of a .txt, .jsonl or .parquet file (each also .gz or .zst) or of a folder of such files."""
     tokenizer: str = "bpe"
-    """`bpe` (byte-level BPE trained on the source), or a tokenizer.json on disk, or a Hugging Face tokenizer by name."""
+    """`bpe` (byte-level BPE trained on the source), a tokenizer.json on disk, or a Hugging Face tokenizer by name."""
     vocabulary: int = Field(1024, gt=256)
     """Size of the vocabulary: the model's output width, and the size of a trained BPE."""
     sequence_length: int = Field(64, gt=1)
@@ -84,7 +85,7 @@ class StartConfig(Section):
 
 
 class InnerConfig(Section):
-    """The solver of one outer step's subproblem: `steps` optimiser steps on batches of outer_batch / steps sequences."""
+    """The solver of an outer step's subproblem: `steps` optimiser steps on batches of outer_batch / steps sequences."""
 
     optimizer: str = "muon"
     """A name of `gnlib.optimizers.registry` or the import path of a torch.optim.Optimizer class."""
@@ -173,6 +174,9 @@ class ComputeConfig(Section):
     """CPU threads; part of the configuration because sums are ordered by it."""
 
 
+MACHINE = {"data": ("fingerprint",), "compute": ("compile", "micro_batch", "deterministic", "threads")}
+
+
 class RunConfig(Section):
     """Everything that determines a run."""
 
@@ -210,8 +214,13 @@ class RunConfig(Section):
 
     @property
     def recipe_id(self) -> str:
-        """`run_id` without the data's fingerprint: equal for the same experiment on another machine's corpus."""
-        return self.replace({"data.fingerprint": None}).run_id
+        """`run_id` without what differs between machines that repeat an experiment: the corpus' fingerprint, and how
+        the arithmetic is cut up, which changes results by rounding alone. Records are found by it."""
+        tree = self.model_dump(mode="json", exclude_defaults=True)
+        for section, names in MACHINE.items():
+            kept = {name: value for name, value in tree.pop(section, {}).items() if name not in names}
+            tree |= {section: kept} if kept else {}
+        return _digest(tree)
 
     def replace(self, *layers: Mapping[str, Any], **changes: Any) -> RunConfig:
         """A validated copy with dotted fields changed, in order: `config.replace({"method.inner.lr": 0.01})`."""
@@ -255,7 +264,7 @@ def _set(tree: dict[str, Any], name: str, value: Any) -> None:
         if not isinstance(node.get(key), dict):
             raise ConfigError(f"{name}: no such field; allowed in the configuration: {', '.join(node)}")
         node = node[key]
-    node[leaf] = value
+    node[leaf] = copy.deepcopy(value)  # the next change may go inside it, and it belongs to the caller
 
 
 def _digest(tree: Any) -> str:

@@ -1,7 +1,7 @@
 """Token files -> batches; the only counter of tokens.
 
-A source is tokenised once into flat files (`gnlib.prepare`). A run reads them by a seeded permutation of fixed-length sequences, so that
-one counter, the position, is all that a resumed run needs to continue with the same batches.
+A source is tokenised once into flat files (`gnlib.prepare`). A run reads them by a seeded permutation of fixed-length
+sequences, so that one counter, the position, is all that a resumed run needs to continue with the same batches.
 """
 
 from __future__ import annotations

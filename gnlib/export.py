@@ -51,7 +51,10 @@ def verify() -> int:
     """Check every manifest under data/records; returns how many records are intact, else raises ConfigError."""
     intact = 0
     for manifest in sorted((home() / "data" / "records").glob(f"*/{MANIFEST}")):
-        listed = dict(reversed(line.split("  ")) for line in manifest.read_text().splitlines())
+        listed: dict[str, str] = {}
+        for line in manifest.read_text().splitlines():
+            digest, name = line.split("  ")
+            listed[name] = digest
         present = {path.name: _sha256(path) for path in manifest.parent.glob("*.jsonl")}
         for name in sorted(listed.keys() | present.keys()):
             if listed.get(name) != present.get(name):

@@ -74,7 +74,7 @@ class DecoderLinearisation(Linearisation):
         self.tapes = []
         x = model.embedding(inputs)
         for block in model.blocks:
-            x, tape = primal(block, x, self.rotation)
+            x, tape = primal(block, x, self.rotation)  # type: ignore[arg-type]
             self.tapes.append(tape)
         self.last = x.detach()
         features = model.final_norm(x)
@@ -90,13 +90,13 @@ class DecoderLinearisation(Linearisation):
             prefix = f"blocks.{index}."
             changed = {name.removeprefix(prefix): d for name, d in delta.items() if name.startswith(prefix)}
             if dx is not None or changed:
-                dx = self.block_tangent(block, self.rotation, tape, dx, changed)
+                dx = self.block_tangent(block, self.rotation, tape, dx, changed)  # type: ignore[arg-type]
         dx = tangents.rms_norm(self.last, model.final_norm.weight, dx, delta.get("final_norm.weight"))
         dlogits = tangents.linear(self.features, model.head.weight, dx, delta.get("head.weight"))
         return torch.zeros_like(self.outputs) if dlogits is None else dlogits
 
     def forward_units(self, names: Sequence[str]) -> float:
-        """The changed layers cost dx W, x dW and the same in the pullback; those above them half; those below nothing."""
+        """Changed layers cost dx W, x dW and the same in the pullback; layers above them half; layers below nothing."""
         flops, layers = self.model.layer_flops(), self.model.layers()
         changed = [not set(names).isdisjoint(layer) for layer in layers]
         first = changed.index(True)

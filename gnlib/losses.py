@@ -47,7 +47,7 @@ class CrossEntropy:
 
 
 class MeanSquaredError:
-    """L = mean over predictions of 1/2 |z - y|^2; z and y [n, features] or [n]; n is the length of the first dimension."""
+    """L = mean over the n predictions of 1/2 |z - y|^2; z and y [n, features] or [n]."""
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return 0.5 * (z - y).square().sum() / len(z)

@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         return self.head(self.features(tokens))
 
     def layers(self) -> list[list[str]]:
-        """Names of the parameters by layer: embedding, each block (the last with the final norm), head (section 3.2)."""
+        """Parameter names by layer: embedding, each block (the last with the final norm), head (section 3.2)."""
         groups = [["embedding.weight"]]
         for index, block in enumerate(self.blocks):
             groups.append([f"blocks.{index}.{name}" for name, _ in block.named_parameters()])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,13 @@ from gnlib.optimizers import Solver
 from gnlib.precision import matmul_precision
 from gnlib.schedules import learning_rate_factor
 
+Purpose = Literal["train", "search"]
+
 
 class Stream(Protocol):
     """Where batches come from; it counts the tokens (`gnlib.data.TokenStream`)."""
 
-    def take(self, count: int, purpose: str = "train") -> tuple[Tensor, Tensor]: ...
+    def take(self, count: int, purpose: Purpose = "train") -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class OuterStep:
             totals = gradients if not totals else [_summed(t, g) for t, g in zip(totals, gradients, strict=True)]
         return [{name: g / len(batches) for name, g in total.items()} for total in totals], loss, units
 
-    def _micro_batches(self, stream: Stream, sequences: int, purpose: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def _micro_batches(self, stream: Stream, sequences: int, purpose: Purpose) -> Iterator[tuple[Tensor, Tensor]]:
         """Equal batches of at most `compute.micro_batch` sequences, so that the mean of means is the mean.
 
         Rounded up where `sequences` cannot be split so, which only a line search's can.

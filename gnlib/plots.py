@@ -10,6 +10,7 @@ from gnlib.profiles import METHODS
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 AXES = {
@@ -33,21 +34,23 @@ def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", t
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper"):
-        figure, axes = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
+    with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.7), layout="constrained")
         order = [name for name in colours() if name in set(curves["method"])]
         for name in order:
             _band(axes, curves[curves["method"] == name], axis, name)
         axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
-        axes.annotate(f"target {target:g}", (1, target), (-2, 3), ("axes fraction", "data"), "offset points", ha="right")
+        axes.text(0.99, target, f"target {target:g}", ha="right", va="bottom", transform=axes.get_yaxis_transform())
         n = curves.groupby("method")["seed"].nunique().max()
-        axes.set(xlabel=AXES[axis], ylabel="Validation loss (nats per token)", title=title)
-        axes.legend(title=f"{n} seed{'s' if n > 1 else ''}" + (", band: lowest to highest" if n > 1 else ""), fontsize=8)
+        note = "1 seed" if n == 1 else f"mean of {n} seeds, band: lowest to highest"
+        axes.set(xlabel=AXES[axis], ylabel="Validation loss (nats per token)")
+        axes.set_title(f"{title}\n{note}", fontsize="medium")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
     plt.close(figure)  # the notebook shows the returned figure once
     return figure
 
 
-def _band(axes, frame: pd.DataFrame, axis: str, name: str) -> None:
+def _band(axes: Axes, frame: pd.DataFrame, axis: str, name: str) -> None:
     """Mean over the seeds that got as far; a run that ended early leaves the band."""
     by_step = frame.groupby("outer_step")
     x, loss = by_step[axis].mean(), by_step["val_loss"]
@@ -58,7 +61,8 @@ def _band(axes, frame: pd.DataFrame, axis: str, name: str) -> None:
 def save(figure: Figure, table: pd.DataFrame, profile: str, stem: str) -> Path:
     """Write figures/<profile>/<stem>.png, .pdf and .csv (the table behind the figure); returns the folder."""
     folder = home() / "figures" / profile
-    for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):  # no dates: the same records, the same bytes
+    # no dates: the same records give the same bytes
+    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         with replacing(folder / f"{stem}.{suffix}") as temporary:
             figure.savefig(temporary, format=suffix, dpi=200, metadata=metadata)
     with replacing(folder / f"{stem}.csv") as temporary:

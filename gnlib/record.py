@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -74,9 +75,12 @@ def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
         return
     for line in path.read_text().splitlines(keepends=True):
         try:
-            yield json.loads(line) if line.endswith("\n") else {}[line]
-        except (json.JSONDecodeError, KeyError):
+            parsed = json.loads(line)
+        except json.JSONDecodeError:
             return
+        if not line.endswith("\n"):
+            return
+        yield parsed
 
 
 def write(path: Path, record: Record) -> None:
@@ -116,9 +120,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _revision() -> str:
-    """The checkout's commit, with `+` if it has local changes; `unknown` outside a checkout."""
+    """The checkout's commit, with `+` if it has local changes; $GNLIB_REVISION or `unknown` outside a checkout."""
     command = ["git", "-C", str(home()), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GNLIB_REVISION", "unknown")

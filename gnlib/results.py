@@ -131,8 +131,29 @@ def ratio(
     return estimate([of(above[s]) / of(below[s]) for s in seeds], [above[s].censored for s in seeds])
 
 
+def settings(records: Sequence[Record]) -> pd.DataFrame:
+    """What each method ran with: batch, inner steps, learning rates, outer steps, data."""
+    import pandas as pd
+
+    rows = {}
+    for name, runs in by_method(records).items():
+        config = runs[0].config
+        inner = config.method.inner
+        rows[name] = {
+            "batch (tokens)": config.outer_batch_tokens,
+            "outer steps": config.outer_steps,
+            "inner steps": inner.steps,
+            "optimiser": inner.optimizer,
+            "lr": inner.lr,
+            "lr of AdamW part": "" if inner.adam_lr is None else f"{inner.adam_lr:g}",
+            "warm-up": inner.warmup,
+            "data": config.data.fingerprint,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def summary(records: Sequence[Record], target: float, reference: str = "GN") -> pd.DataFrame:
-    """The table of the iteration-complexity figure: per method, steps and tokens to target and ratios to `reference`."""
+    """Per method: steps and tokens to the target and their ratios to `reference`, mean and interval over the seeds."""
     import pandas as pd
 
     groups = by_method(records)

@@ -101,7 +101,8 @@ class _Job:
 
 def execute(configs: Sequence[RunConfig], jobs: int | None = None, keep_weights: bool = False) -> None:
     """Run configurations as processes, `jobs` at a time (default: a GPU each, else half the cores' threads)."""
-    waiting, running, failed = list(configs), [], []
+    waiting, failed = list(configs), []
+    running: list[tuple[int, _Job]] = []
     slots = list(range(jobs or default_jobs(configs)))
     overall = tqdm(total=len(waiting), desc=f"{len(waiting)} runs", unit="run", disable=len(waiting) < 2)
     free = slots.copy()
@@ -170,5 +171,5 @@ def show_row(bar: tqdm[None], row: Row) -> None:
 
 
 def _report(job: _Job) -> str:
-    tail = job.log.read_text(errors="replace").strip().splitlines()[-3:]
-    return f"{describe(job.config)} failed with exit code {job.process.returncode}: " + " | ".join(tail or ["no output"])
+    tail = job.log.read_text(errors="replace").strip().splitlines()[-3:] or ["no output"]
+    return f"{describe(job.config)} failed with exit code {job.process.returncode}: {' | '.join(tail)}"

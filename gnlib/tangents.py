@@ -63,9 +63,9 @@ def gelu(x: Tensor, dx: Tensor | None) -> Tensor | None:
 
 
 def attention(heads: tuple[Tensor, Tensor, Tensor], dheads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """P = softmax(q k^T / sqrt K), y = P v  ->  dy = dP v + P dv, dP = P (dS - rowsum(P dS)), dS = (dq k^T + q dk^T) / sqrt K.
+    """S = q k^T / sqrt K, P = softmax(S), y = P v  ->  dy = dP v + P dv.
 
-    All [B, H, S, K]; holds [B, H, S, S] tensors.
+    dP = P (dS - rowsum(P dS)) with dS = (dq k^T + q dk^T) / sqrt K. All [B, H, S, K]; holds [B, H, S, S] tensors.
     """
     (q, k, v), (dq, dk, dv) = heads, dheads
     scale = q.shape[-1] ** -0.5

@@ -121,6 +121,9 @@ class _Run:
         torch.set_num_threads(config.compute.threads)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
         torch.use_deterministic_algorithms(config.compute.deterministic, warn_only=True)
+        if device.type == "cuda":  # the fused attention backward adds up in any order
+            for fused in ("flash", "mem_efficient", "cudnn"):
+                getattr(torch.backends.cuda, f"enable_{fused}_sdp")(not config.compute.deterministic)
         loss = CrossEntropy()
         self.stream = TokenStream(files, config.seed, device)
         self.method = OuterStep(self.model, loss, config)

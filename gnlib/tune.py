@@ -17,7 +17,7 @@ from gnlib.files import exclusive, replacing
 from gnlib.profiles import Changes, find_method, find_profile, records_folder, run_config
 from gnlib.record import Record
 from gnlib.results import crossing
-from gnlib.study import run_study
+from gnlib.study import StudyError, find, run_study
 
 SEED = 0  # never one of the seeds that results are reported on
 STEPS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -65,8 +65,12 @@ def score(record: Record, target: float) -> Score:
     return (math.inf if reached.censored else reached.steps, loss)
 
 
-def tune(profile: str, method: str, jobs: int | None = None, rounds: int = MAX_ROUNDS) -> dict[str, Any]:
+def tune(
+    profile: str, method: str, jobs: int | None = None, rounds: int = MAX_ROUNDS, allow_run: bool = True
+) -> dict[str, Any]:
     """Search the grid and write the result to the profile's tuned.json; returns the method's entry.
+
+    With `allow_run` False it goes by the records there are: the optimum may then not be interior, and says so.
 
     The entry holds the settings, the score, whether the optimum is interior, and every trial with its run's name.
     """
@@ -75,14 +79,21 @@ def tune(profile: str, method: str, jobs: int | None = None, rounds: int = MAX_R
     trials: dict[Point, tuple[Score, RunConfig]] = {}
     best: Point = (0,) * len(axes)
     for _ in range(rounds):
-        wanted = [point for point in [best, *neighbours(best)] if point not in trials and _settings(axes, point)]
+        wanted = {
+            point: run_config(profile, method, SEED, settings, use_tuned=False)
+            for point in [best, *neighbours(best)]
+            if point not in trials and (settings := _settings(axes, point))
+        }
+        if not allow_run:
+            present = find(list(wanted.values()), profile)
+            wanted = {p: c for (p, c), record in zip(wanted.items(), present, strict=True) if record is not None}
         if not wanted:
             break
-        configs = [run_config(profile, method, SEED, _settings(axes, point), use_tuned=False) for point in wanted]
-        records = run_study(configs, profile, jobs=jobs, command=f"gnlib tune --profile {profile} --methods {method}")
-        for point, record in zip(wanted, records, strict=True):
+        for point, record in zip(wanted, run_study(list(wanted.values()), profile, jobs=jobs), strict=True):
             trials[point] = (score(record, target), record.config)
         best = min(trials, key=lambda point: trials[point][0])
+    if not trials:
+        raise StudyError(f"{method}, profile {profile}: no records to tune by; run: gnlib tune --methods {method}")
     interior = all(point in trials or not _settings(axes, point) for point in neighbours(best))
     entry = _entry(axes, trials, best, interior)
     _merge(profile, method, entry)

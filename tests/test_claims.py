@@ -1,0 +1,209 @@
+"""A claim holds when its bound does, and says "not run" when there are no records to tell."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from test_results import made
+
+from gnlib import record as records
+from gnlib.claims import NOT_RUN, QUESTIONS, Claim, Question, as_json, as_markdown, as_text, claims, early_lead
+from gnlib.profiles import method_of
+from gnlib.results import Estimate, by_method
+from gnlib.studies import study_configs
+
+SEEDS = (1, 2)
+REACHED = {"gauss_newton": 2, "layerwise": 3, "prox_linear": 2, "muon": 20, "soap": 8, "adamw": 99}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "data"))
+    return tmp_path
+
+
+def reaching(step: int) -> list[float]:
+    """3.75, the target of tiny, is reached at this step; 24 steps."""
+    return [3.75 if t >= step else 4.75 for t in range(25)]
+
+
+def ship(home: Path, seeds: Sequence[int] = SEEDS, **curves: list[float | None]) -> dict[str, Path]:
+    """Records of Figure 1 that reach the target at the steps of REACHED; or with the given losses by method."""
+    paths = {}
+    for config in study_configs("iteration_complexity", "tiny", seeds):
+        method = method_of(config)
+        record = made(method, curves.get(method) or reaching(REACHED[method]), config.seed)
+        record.config = config
+        path = home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl"
+        records.write(path, record)
+        paths[f"{method} {config.seed}"] = path
+    return paths
+
+
+def about(rows: Sequence[Claim], words: str) -> Claim:
+    return next(row for row in rows if words in row.claim)
+
+
+def verdict_on(found: Estimate, **bounds: float) -> Claim:
+    """The answer to a question about AdamW, which is shipped, whose measure gives `found`."""
+    asked = Question("claim", "5", "ratio", "iteration_complexity", ("adamw",), lambda groups, target: found, **bounds)
+    return asked.answer("tiny", SEEDS, fresh=False)
+
+
+def test_without_records_every_claim_says_not_run_and_has_no_number() -> None:
+    rows = claims("tiny")
+    assert len(rows) == len(QUESTIONS) > 8
+    assert all((row.ours, row.n, row.holds, row.verdict) == (None, 0, NOT_RUN, "not run") for row in rows)
+
+
+def test_claims_are_answered_from_shipped_records_over_the_seeds(home: Path) -> None:
+    ship(home)
+    rows = claims("tiny", seeds=SEEDS)
+    expected = {
+        "SOAP needs": ("4.00 ± 0.00", True),
+        "Muon needs": ("10.00 ± 0.00", True),
+        "AdamW needs": ("≥ 12.00 ± 0.00", True),  # not reached in 24 steps
+        "best tuned baseline": ("4.00 ± 0.00", True),
+        "Layerwise GN needs": ("1.50 ± 0.00", True),
+        "GN-prox-linear": ("1.00 ± 0.00", True),
+    }
+    assert {words: (about(rows, words).ours, about(rows, words).holds) for words in expected} == expected
+    assert all(about(rows, words).n == 2 for words in expected)
+    assert about(rows, "half-way").holds is True
+
+
+def test_a_claim_whose_bound_is_missed_does_not_hold(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REACHED, "soap", 4)
+    monkeypatch.setitem(REACHED, "layerwise", 4)
+    ship(home)
+    rows = claims("tiny", seeds=SEEDS)
+    for words in ("SOAP needs", "best tuned baseline", "Layerwise GN needs"):
+        assert about(rows, words).ours == "2.00 ± 0.00" and about(rows, words).holds is False
+    assert about(rows, "Muon needs").holds is True
+
+
+def test_a_claim_with_a_record_missing_or_unfinished_is_not_run_and_others_are(home: Path) -> None:
+    path = ship(home)["layerwise 2"]
+    whole = path.read_text().splitlines(keepends=True)
+    for left in (whole[:-1], []):  # without its status, then nothing
+        path.write_text("".join(left))
+        rows = claims("tiny", seeds=SEEDS)
+        assert about(rows, "Layerwise GN needs").holds == NOT_RUN and about(rows, "Layerwise GN needs").ours is None
+        assert about(rows, "SOAP needs").holds is True
+    assert about(claims("tiny", seeds=[1]), "Layerwise GN needs").n == 1  # all of seed 1 are there
+    ship(home)["gauss_newton 1"].unlink()
+    assert {row.holds for row in claims("tiny", seeds=SEEDS)} == {NOT_RUN}
+
+
+def test_claims_may_be_those_of_one_study(home: Path) -> None:
+    ship(home)
+    rows = claims("tiny", seeds=SEEDS, study="iteration_complexity")
+    assert [row.claim for row in rows] == [q.claim for q in QUESTIONS if q.study == "iteration_complexity"]
+    assert len(rows) >= 7 and NOT_RUN not in {row.holds for row in rows}
+
+
+def test_fresh_claims_ignore_shipped_records(home: Path) -> None:
+    ship(home)
+    assert {row.holds for row in claims("tiny", fresh=True, seeds=SEEDS)} == {NOT_RUN}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "found", "holds"),
+    [
+        ({"at_least": 3.0}, Estimate(3.0, None, 1), True),
+        ({"at_least": 3.0}, Estimate(2.99, None, 1), False),
+        ({"at_least": 3.0}, Estimate(3.5, None, 1, censored=1), True),  # at least 3.5 is at least 3
+        ({"at_least": 3.0}, Estimate(math.nan, None, 1), False),
+        ({"at_most": 1.6}, Estimate(1.6, None, 1), True),
+        ({"at_most": 1.6}, Estimate(1.61, None, 1), False),
+        ({"at_most": 1.6}, Estimate(1.2, None, 1, censored=1), False),  # at least 1.2 may be anything above
+        ({"at_most": 1.6}, Estimate(math.nan, None, 1), False),
+        ({"at_least": 1.0, "at_most": 2.0}, Estimate(1.5, None, 1), True),
+        ({"at_least": 1.0, "at_most": 2.0}, Estimate(2.5, None, 1), False),
+    ],
+)
+def test_a_claim_holds_within_its_bounds_and_a_lower_bound_never_shows_at_most(
+    bounds: dict[str, float], found: Estimate, holds: bool, home: Path
+) -> None:
+    ship(home)
+    answer = verdict_on(found, **bounds)
+    assert answer.holds is holds and answer.verdict == ("yes" if holds else "NO")
+    assert (answer.claim, answer.paper, answer.ours, answer.n, answer.unit) == ("claim", "5", str(found), 1, "ratio")
+
+
+# ---------------------------------------------------------------- the early lead
+
+
+HALF_WAY = [6.0, 5.5, 4.5, 4.0]  # from 6 to 4: Gauss-Newton is at 5 after 1.5 steps
+
+
+def lead(**curves: list[float | None]) -> Estimate:
+    """The early lead on the way from 6 to 4, seed 1; baselines without a curve stay at 6."""
+    idle: dict[str, list[float | None]] = {name: [6.0] * 4 for name in ("muon", "soap", "adamw")}
+    return early_lead(by_method([made(name, losses) for name, losses in (idle | curves).items()]), 4.0)
+
+
+def test_the_early_lead_is_the_best_baselines_share_of_the_way_when_gauss_newton_is_half_way() -> None:
+    """Muon is then at 5.7 and AdamW at 5.9: 15 % of the way."""
+    found = lead(gauss_newton=HALF_WAY, muon=[6.0, 5.8, 5.6, 4.0], adamw=[6.0, 6.0, 5.8, 5.0])
+    assert (found.mean, found.n) == (pytest.approx(0.15), 1)
+
+
+def test_the_early_lead_is_paired_by_seed() -> None:
+    """A baseline's other seed, however good, is compared with Gauss-Newton's other seed only."""
+    runs = [made("gauss_newton", HALF_WAY, seed) for seed in (1, 2)]
+    runs += [made(name, [6.0] * 4, seed) for name in ("muon", "soap") for seed in (1, 2)]
+    runs += [made("adamw", [6.0, 5.8, 5.6, 4.0], 1), made("adamw", [6.0, 5.0, 4.0, 4.0], 2)]
+    found = early_lead(by_method(runs), 4.0)
+    assert (found.mean, found.n) == (pytest.approx((0.15 + 0.75) / 2), 2)
+
+
+def test_a_baseline_that_has_diverged_by_then_has_no_early_lead() -> None:
+    found = lead(gauss_newton=HALF_WAY, soap=[6.0, 4.1, None], adamw=[6.0, 6.0, 5.8, 5.0])
+    assert found.mean == pytest.approx(0.05)
+
+
+def test_there_is_no_early_lead_to_speak_of_when_gauss_newton_never_gets_half_way(home: Path) -> None:
+    stuck: list[float | None] = [6.0, 5.9, 5.9]
+    ship(home, gauss_newton=stuck, muon=stuck, soap=stuck, adamw=stuck)
+    assert about(claims("tiny", seeds=SEEDS), "half-way").holds is False
+
+
+# ---------------------------------------------------------------- output
+
+
+def test_json_has_exactly_the_documented_keys(home: Path) -> None:
+    ship(home)
+    tree = json.loads(json.dumps(as_json(claims("tiny", seeds=SEEDS)), allow_nan=False))
+    assert len(tree) == len(QUESTIONS)
+    assert {tuple(row) for row in tree} == {("claim", "paper", "ours", "n", "unit", "holds")}
+    assert {row["holds"] for row in tree} >= {True, NOT_RUN}
+
+
+def test_the_table_is_aligned_and_holds_a_line_a_claim() -> None:
+    rows = [
+        Claim("short", "5.4 (SOAP)", "≥ 12.00 ± 0.50", 3, "ratio", True),
+        Claim("a much longer claim", "3", "1.00", 10, "ratio", False),
+        Claim("not there yet", "about 1", None, 0, "ratio", NOT_RUN),
+    ]
+    assert as_text(rows).splitlines() == [
+        "claim                paper       ours            n   holds",
+        "-------------------  ----------  --------------  --  -------",
+        "short                5.4 (SOAP)  ≥ 12.00 ± 0.50  3   yes",
+        "a much longer claim  3           1.00            10  NO",
+        "not there yet        about 1     -               -   not run",
+    ]
+
+
+def test_the_readmes_table_has_a_row_a_claim_and_a_column_a_profile(home: Path) -> None:
+    ship(home, seeds=[1])  # the seed of tiny
+    header, rule, *rows = as_markdown(["tiny", "laptop"]).splitlines()
+    assert header == "| claim | unit | paper | tiny | laptop |" and set(rule) == set("| -")
+    assert len(rows) == len(QUESTIONS) and {row.count("|") for row in [header, rule, *rows]} == {6}
+    (soap,) = (row for row in rows if "SOAP needs" in row)
+    assert soap.endswith("| 5.4 | 4.00, n = 1: yes | not run |")

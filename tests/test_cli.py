@@ -1,0 +1,277 @@
+"""Every command is one call; bad input is one line and exit code 2, with nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gnlib import cli
+from gnlib import record as records
+from gnlib import tune as tuning
+from gnlib.profiles import METHODS, PROFILES, run_config
+from gnlib.record import Record
+from gnlib.studies import STUDIES
+
+COMMANDS = ("profiles", "prepare", "train", "study", "tune", "claims", "export", "verify")
+SHORT = ("--profile", "tiny", "--method", "adamw", "--set", "start.chinchilla_fraction=0", "--set", "outer_steps=1")
+
+Call = Callable[..., tuple[int, str, str]]  # arguments -> exit code, stdout, stderr
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("GNLIB_HOME", str(folder))
+    monkeypatch.delenv("GNLIB_DATA", raising=False)
+    return folder
+
+
+@pytest.fixture
+def gnlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gnlib", *arguments])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def trained(home: Path) -> Record:
+    """The only record in data/runs."""
+    (path,) = (home / "data" / "runs").glob("*/record.jsonl")
+    record = records.read(path)
+    assert record is not None
+    return record
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+# ---------------------------------------------------------------- help and lists
+
+
+def test_the_help_names_every_command(gnlib: Call) -> None:
+    code, out, _ = gnlib("--help")
+    assert code == 0 and all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, gnlib: Call, home: Path) -> None:
+    code, out, err = gnlib(command, "--help")
+    assert (code, err) == (0, "") and f"gnlib {command}" in out
+    assert not files(home)
+
+
+def test_every_option_has_its_explanation() -> None:
+    """So that `gnlib train --help` is enough; an `Args:` section names all parameters."""
+    for command in (cli.train, cli.study, cli.tune, cli.claims):
+        names = [name for name in command.__annotations__ if name != "return"]
+        assert all(f"{name}: " in (command.__doc__ or "") for name in names)
+
+
+def test_profiles_lists_all_profiles_and_methods(gnlib: Call) -> None:
+    code, out, err = gnlib("profiles")
+    assert (code, err) == (0, "")
+    assert all(name in out for name in [*PROFILES, *METHODS])
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    """The one line on stderr of a command that ended with exit code 2."""
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("gnlib: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "study iteration_complexity", "tune", "claims", "export"])
+def test_an_unknown_profile_is_refused_with_the_allowed_ones(command: str, gnlib: Call, home: Path) -> None:
+    line = refused(gnlib(*command.split(), "--profile", "lapdog"))
+    assert "'lapdog'" in line and all(name in line for name in PROFILES)
+    assert not files(home)
+
+
+@pytest.mark.parametrize("command", ["train --method", "tune --methods", "study iteration_complexity --methods"])
+def test_an_unknown_method_is_refused_with_the_near_ones(command: str, gnlib: Call, home: Path) -> None:
+    assert "no method 'gaus_newton'; near or allowed: gauss_newton" in refused(gnlib(*command.split(), "gaus_newton"))
+    assert not files(home)
+
+
+def test_an_unknown_method_after_a_known_one_is_refused_before_anything_is_tuned(
+    gnlib: Call, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_training(*_: Any, **__: Any) -> None:
+        pytest.fail("a method was tuned")
+
+    monkeypatch.setattr(tuning, "run_study", no_training)
+    assert "'nonsense'" in refused(gnlib("tune", "--profile", "tiny", "--methods", "adamw", "nonsense"))
+    assert not files(home)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("method.inner.lrr=0.1", "method.inner.lrr: no such field"),
+        ("metod.inner.lr=0.1", "metod.inner.lr: no such field"),
+        ("method.inner.lr=fast", "method.inner.lr: "),
+        ("method.inner.lr=-1", "method.inner.lr: "),
+        ("method.inner.steps=3", "outer_batch: 64 sequences must be a multiple of method.inner.steps 3"),
+        ("outer_steps", "--set outer_steps: expected field=value"),
+    ],
+)
+def test_an_unknown_field_or_a_wrong_value_is_refused_by_its_name(
+    assignment: str, message: str, gnlib: Call, home: Path
+) -> None:
+    assert message in refused(gnlib("train", "--profile", "tiny", "--set", assignment))
+    assert not files(home)
+
+
+def test_an_unknown_study_is_refused_with_the_allowed_ones(gnlib: Call, home: Path) -> None:
+    line = refused(gnlib("study", "everything", "--profile", "tiny"))
+    assert "no study 'everything'" in line and all(name in line for name in STUDIES)
+    assert not files(home)
+
+
+def test_a_configuration_file_that_is_missing_or_no_configuration_is_refused(
+    gnlib: Call, home: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    assert f"{path}: no such configuration file" in refused(gnlib("train", "--config", str(path)))
+    path.write_text("{")
+    assert f"{path}: not JSON" in refused(gnlib("train", "--config", str(path)))
+    path.write_text('{"outer_stepz": 3}')
+    assert "outer_stepz: no such field" in refused(gnlib("train", "--config", str(path)))
+    path.write_text("[]")
+    assert "expected an object" in refused(gnlib("train", "--config", str(path)))
+    assert not files(home)
+
+
+def test_a_folder_or_a_file_that_is_no_text_is_refused_as_configuration(gnlib: Call, tmp_path: Path) -> None:
+    assert str(tmp_path) in refused(gnlib("train", "--config", str(tmp_path)))
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"PK\xff\xfe")
+    assert str(path) in refused(gnlib("train", "--config", str(path)))
+
+
+def test_a_changed_shipped_record_is_refused_by_name(gnlib: Call, home: Path) -> None:
+    assert gnlib("verify") == (0, "0 shipped records are intact\n", "")
+    folder = home / "data" / "records" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  0123456789ab.jsonl\n")
+    assert "0123456789ab.jsonl: missing" in refused(gnlib("verify"))
+
+
+# ---------------------------------------------------------------- what commands do
+
+
+def test_train_takes_numbers_words_and_null(gnlib: Call, home: Path) -> None:
+    changes = {
+        "method.inner.lr": "0.5e-2", "method.inner.schedule": "constant", "method.inner.clip": "null",
+        "method.inner.betas": "[0.8, 0.9]", "compute.deterministic": "true",
+    }  # fmt: skip
+    sets = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+    code, out, err = gnlib("train", *SHORT, "--seed", "5", *sets, "--quiet")
+    assert (code, err) == (0, "")
+    record = trained(home)
+    inner = record.config.method.inner
+    assert (inner.lr, inner.schedule, inner.clip, inner.betas) == (0.005, "constant", None, (0.8, 0.9))
+    assert record.config.compute.deterministic and record.config.seed == 5 and record.status == "finished"
+    assert out.startswith("finished at step 1, validation loss ") and record.config.run_id in out
+
+
+def test_train_shows_progress_unless_quiet(gnlib: Call) -> None:
+    assert "1/1" in gnlib("train", *SHORT)[2]
+
+
+def test_a_configuration_file_is_the_run_it_describes(gnlib: Call, home: Path, tmp_path: Path) -> None:
+    config = run_config("tiny", "adamw", seed=4, changes={"start.chinchilla_fraction": 0.0, "outer_steps": 2})
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json())
+    code, _, err = gnlib("train", "--config", str(path), "--set", "outer_steps=1", "--keep-weights", "--quiet")
+    assert (code, err) == (0, "")
+    record = trained(home)
+    assert record.config.recipe_id == config.replace(outer_steps=1).recipe_id
+    assert (home / "data" / "runs" / record.config.run_id / "weights.pt").exists()
+
+
+def test_prepare_says_how_much_text_there_is(gnlib: Call, home: Path) -> None:
+    code, out, _ = gnlib("prepare", "--profile", "tiny")
+    assert code == 0 and "12499 training and 1249 validation sequences" in out  # (200,000 - 1) / 16, (20,000 - 1) / 16
+    assert (home / "data" / "prepared").exists()
+
+
+def test_a_dry_run_lists_what_is_missing_and_writes_nothing(gnlib: Call, home: Path) -> None:
+    code, out, err = gnlib("study", "iteration_complexity", "--profile", "tiny", "--seeds", "1", "2", "--dry-run")
+    lines = out.splitlines()
+    assert (code, err) == (0, "") and not files(home)
+    assert lines[0] == "iteration_complexity, profile tiny: 12 runs, 12 to run" and len(lines) == 13
+    assert "GN, batch 64, lr 0.02, seed 1" in lines[1] and "3 steps of 1024 tokens" in lines[1]
+
+
+def test_a_study_may_be_of_some_methods_only(gnlib: Call) -> None:
+    _, out, _ = gnlib("study", "iteration_complexity", "--profile", "tiny", "--methods", "soap", "adamw", "--dry-run")
+    assert out.startswith("iteration_complexity, profile tiny: 2 runs") and "SOAP" in out and "Muon" not in out
+
+
+def test_tune_says_which_optima_are_not_interior(gnlib: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(profile: str, method: str, *_: Any, **__: Any) -> dict[str, Any]:
+        return {"settings": {"method.inner.lr": 0.1}, "interior": method == "soap", "trials": [{}] * 7}
+
+    monkeypatch.setattr(cli, "tune_method", found)
+    code, out, _ = gnlib("tune", "--profile", "tiny", "--methods", "soap", "adamw")
+    assert code == 0 and out.splitlines() == [
+        "soap: {'method.inner.lr': 0.1}, interior among 7 trials",
+        "adamw: {'method.inner.lr': 0.1}, NOT interior among 7 trials",
+    ]
+
+
+def test_claims_print_a_table_or_json(gnlib: Call, home: Path) -> None:
+    code, out, err = gnlib("claims", "--profile", "tiny", "--json")
+    rows = json.loads(out)
+    assert (code, err) == (0, "")
+    assert {tuple(row) for row in rows} == {("claim", "paper", "ours", "n", "unit", "holds")}
+    assert {row["holds"] for row in rows} == {"not run"}
+    code, out, err = gnlib("claims", "--profile", "tiny")
+    assert (code, err) == (0, "") and out.splitlines()[0].split() == ["claim", "paper", "ours", "n", "holds"]
+    assert len(out.splitlines()) == len(rows) + 2 and not files(home)
+
+
+def test_export_says_how_many_records_it_ships(gnlib: Call, home: Path) -> None:
+    code, out, _ = gnlib("export", "--profile", "tiny")
+    assert (code, out) == (0, f"0 records in {home / 'data' / 'records' / 'tiny'}\n")
+
+
+def test_interrupting_is_one_line_and_says_that_the_same_command_continues(
+    gnlib: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train_run", interrupted)
+    code, _, err = gnlib("train", *SHORT, "--quiet")
+    assert (code, err) == (130, "gnlib: interrupted; the same command continues\n")
+
+
+def test_python_m_gnlib_is_the_same_command(home: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "gnlib"]
+    good = subprocess.run([*command, "profiles"], env=environment, capture_output=True, text=True)
+    assert (good.returncode, good.stderr) == (0, "") and "tiny" in good.stdout
+    bad = subprocess.run([*command, "claims", "--profile", "lapdog"], env=environment, capture_output=True, text=True)
+    assert "'lapdog'" in refused((bad.returncode, bad.stdout, bad.stderr))
+    assert not files(home)

@@ -1,0 +1,227 @@
+"""A study trains what is missing and nothing else, one process a run; a failing run does not stop the others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_results import made
+
+from gnlib import record as records
+from gnlib import studies, study
+from gnlib.config import ConfigError, RunConfig
+from gnlib.profiles import METHODS, label, run_config
+from gnlib.record import Record
+from gnlib.study import StudyError, describe, execute, find, run_study
+from gnlib.train import pinned, run_folder, start_config, train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(study, "POLL_SECONDS", 0.02)
+    return tmp_path
+
+
+def short(method: str, seed: int = 1, **changes: Any) -> RunConfig:
+    """Two outer steps from the initialisation; fields with `__` for the dots."""
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    plain = {"start.chinchilla_fraction": 0.0, "outer_steps": 2}
+    return run_config("tiny", method, seed, plain | dotted, use_tuned=False)
+
+
+def of(config: RunConfig, status: str = "finished", loss: float = 4.0) -> Record:
+    """A record that was not trained."""
+    record = made("adamw", [5.0, loss], status=status)
+    record.config = config
+    return record
+
+
+def ship(home: Path, record: Record) -> None:
+    records.write(home / "data" / "records" / "tiny" / f"{record.config.recipe_id}.jsonl", record)
+
+
+def leave(record: Record) -> None:
+    """As a run of this machine."""
+    records.write(run_folder(record.config) / "record.jsonl", record)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A list that grows by the command of every process that is started."""
+    commands: list[list[str]] = []
+    real = study._spawn
+
+    def spawn(command: list[str], *rest: Any) -> subprocess.Popen[bytes]:
+        commands.append(command)
+        return real(command, *rest)
+
+    monkeypatch.setattr(study, "_spawn", spawn)
+    return commands
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spawn(*_: Any) -> None:
+        pytest.fail("a run was started")
+
+    monkeypatch.setattr(study, "_spawn", spawn)
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_only_what_is_missing_is_trained_and_records_come_in_the_order_asked_for(launched: list[list[str]]) -> None:
+    configs = [short("muon"), short("adamw"), short("adamw", seed=2)]
+    done = train(configs[1], torch.device("cpu"))
+    found = run_study(configs, "tiny", jobs=2)
+    assert [record.config.recipe_id for record in found] == [config.recipe_id for config in configs]
+    assert [record.status for record in found] == ["finished"] * 3 and found[1] == done
+    assert [len(record.rows) for record in found] == [3, 3, 3]
+    paths = {command[command.index("--config") + 1] for command in launched}
+    assert paths == {str(run_folder(pinned(configs[i])) / "config.json") for i in (0, 2)} and len(launched) == 2
+
+    launched.clear()
+    assert run_study(configs, "tiny", jobs=2) == found and not launched
+
+
+def test_a_failing_run_is_reported_with_its_logs_tail_and_does_not_stop_the_others(launched: list[list[str]]) -> None:
+    """Both have the same start, which is made first and once."""
+    start = {"start__chinchilla_fraction": 0.001}
+    bad = short("adamw", method__inner__optimizer="no_such_package.Optimizer", **start)
+    good = short("adamw", **start)
+    with pytest.raises(StudyError) as caught:
+        run_study([bad, good], "tiny", jobs=1)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{describe(pinned(bad))} failed with exit code 2: ")
+    assert "cannot import 'no_such_package.Optimizer'" in line
+    assert [record and record.status for record in find([bad, good], "tiny")] == [None, "finished"]
+    weights = run_folder(pinned(start_config(good))) / "weights.pt"
+    assert weights.exists() and len(launched) == 3
+    assert launched[0][-1] == "--keep-weights" and all("--keep-weights" not in command for command in launched[1:])
+
+
+def test_interrupting_a_study_ends_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def spawn(*_: Any) -> subprocess.Popen[bytes]:
+        processes.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]))
+        return processes[-1]
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "_spawn", spawn)
+    configs = [pinned(short("adamw", seed)) for seed in (1, 2, 3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            execute(configs, jobs=2)
+    assert [process.wait(30) for process in processes] == [-15, -15]
+
+
+def test_no_more_runs_than_jobs_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes: list[subprocess.Popen[bytes]] = []
+    running: list[int] = []
+
+    def spawn(*_: Any) -> subprocess.Popen[bytes]:
+        processes.append(subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(0.1)"]))
+        running.append(sum(process.poll() is None for process in processes))
+        return processes[-1]
+
+    monkeypatch.setattr(study, "_spawn", spawn)
+    execute([pinned(short("adamw", seed)) for seed in range(5)], jobs=2)
+    assert len(processes) == 5 and max(running) <= 2
+    assert all(process.returncode == 0 for process in processes)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_where_nothing_may_run_a_missing_record_is_an_error_that_names_the_command(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [short("adamw"), short("muon")]
+    ship(home, of(configs[0]))
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(StudyError) as caught:
+        run_study(configs, "tiny", command="gnlib study iteration_complexity --profile tiny")
+    assert str(caught.value) == (
+        f"1 of 2 records are missing, the first is {describe(configs[1])}; "
+        "run: gnlib study iteration_complexity --profile tiny"
+    )
+    monkeypatch.delenv("CI")
+    with pytest.raises(StudyError, match="2 of 2 records"):
+        run_study(configs, "tiny", fresh=True, allow_run=False)
+    assert not (home / "elsewhere").exists()
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_complete_study_is_read_wherever_nothing_may_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    ship(home, of(short("adamw")))
+    assert run_study([short("adamw")], "tiny") == [of(short("adamw"))]
+
+
+# ---------------------------------------------------------------- finding
+
+
+def test_fresh_ignores_shipped_records(home: Path) -> None:
+    shipped, own = of(short("adamw")), of(short("muon"))
+    ship(home, shipped)
+    leave(own)
+    configs = [shipped.config, own.config]
+    assert find(configs, "tiny") == [shipped, own]
+    assert find(configs, "tiny", fresh=True) == [None, own]
+    assert find(configs, "laptop") == [None, own]
+
+
+def test_a_shipped_record_comes_before_one_of_this_machine(home: Path) -> None:
+    config = short("adamw")
+    ship(home, of(config, loss=3.0))
+    leave(of(config, loss=4.0))
+    found = [find([config], "tiny", fresh)[0] for fresh in (False, True)]
+    assert [record and record.rows[-1]["val_loss"] for record in found] == [3.0, 4.0]
+
+
+def test_a_record_made_from_another_machines_corpus_is_found_by_its_recipe(home: Path) -> None:
+    """Its run has another name, and it still says which tokens it read."""
+    elsewhere = short("adamw").replace({"data.fingerprint": "0123456789abcdef"})
+    ship(home, of(elsewhere))
+    (found,) = find([short("adamw")], "tiny")
+    assert found is not None and found.config.data.fingerprint == "0123456789abcdef"
+    assert found.config.run_id != pinned(short("adamw")).run_id
+    assert find([short("adamw", seed=2)], "tiny") == [None]
+
+
+def test_a_diverged_record_counts_and_an_unfinished_one_does_not(home: Path) -> None:
+    leave(of(short("adamw"), "diverged"))
+    leave(of(short("muon"), "unfinished"))
+    found = find([short("adamw"), short("muon")], "tiny")
+    assert [record and record.status for record in found] == ["diverged", None]
+
+
+# ---------------------------------------------------------------- the studies
+
+
+def test_iteration_complexity_has_every_method_with_every_seed_of_the_profile() -> None:
+    configs = studies.study_configs("iteration_complexity", "laptop")
+    assert [(label(config), config.seed) for config in configs] == [
+        (method.label, seed) for seed in (1, 2, 3) for method in METHODS.values()
+    ]
+    assert len({config.outer_batch for config in configs}) == len({start_config(c).run_id for c in configs}) == 1
+    assert {config.seed for config in studies.study_configs("iteration_complexity", "tiny", [7])} == {7}
+
+
+def test_an_unknown_study_or_profile_is_refused_in_one_line() -> None:
+    for name, profile in (("no_study", "tiny"), ("iteration_complexity", "no_profile")):
+        with pytest.raises(ConfigError, match=r"'no_\w+'; allowed: .*(iteration_complexity|tiny)"):
+            studies.study_configs(name, profile)

@@ -1,0 +1,235 @@
+"""The search over settings on score surfaces that are known, in place of runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_results import made
+
+from gnlib import record as records
+from gnlib import study
+from gnlib import tune as tuning
+from gnlib.config import ConfigError, RunConfig
+from gnlib.files import replacing
+from gnlib.profiles import find_profile, run_config
+from gnlib.record import Record
+from gnlib.study import StudyError
+from gnlib.tune import STEPS, score, tune
+
+TARGET = find_profile("laptop").target
+
+Surface = Callable[[float, int], float]  # learning rate, outer steps -> steps to the target
+
+
+def ran(config: RunConfig, steps: float) -> Record:
+    """A record that reaches the target after this many steps; if the run is shorter, it ends as far above it."""
+    reached = steps <= config.outer_steps
+    last = TARGET if reached else TARGET + 0.01 * (steps - config.outer_steps)
+    record = made("adamw", [TARGET + 1, last], profile="laptop")
+    record.config, record.rows[1]["outer_step"] = config, steps if reached else config.outer_steps  # type: ignore
+    return record
+
+
+class Runs:
+    """`run_study` on a surface; remembers what it ran."""
+
+    def __init__(self, surface: Callable[[RunConfig], float]) -> None:
+        self.surface, self.rounds = surface, []  # type: ignore[var-annotated]
+
+    def __call__(self, configs: Sequence[RunConfig], profile: str, *_: Any, **__: Any) -> list[Record]:
+        self.rounds.append(list(configs))
+        return [ran(config, self.surface(config)) for config in configs]
+
+    @property
+    def configs(self) -> list[RunConfig]:
+        return [config for configs in self.rounds for config in configs]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("CI", raising=False)
+    return tmp_path
+
+
+def runs_on(surface: Surface, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    runs = Runs(lambda config: surface(config.method.inner.lr, config.outer_steps))
+    monkeypatch.setattr(tuning, "run_study", runs)
+    return runs
+
+
+def bowl(lr: float, steps: int) -> Surface:
+    """Worse by one step for each factor of two away from the optimum."""
+    return lambda at, length: 2 + abs(math.log2(at / lr)) + abs(math.log2(length / steps))
+
+
+def table(home: Path) -> dict[str, Any]:
+    return json.loads((home / "data" / "records" / "laptop" / "tuned.json").read_text())
+
+
+@pytest.mark.parametrize(("lr", "steps"), [(0.16, 12), (0.00125, 20), (0.01, 32)])
+def test_the_search_ends_at_the_optimum_with_worse_neighbours_on_both_sides(
+    lr: float, steps: int, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 0.01 and 32 steps; 32 is the profile's cap, which has no neighbour above."""
+    runs_on(bowl(lr, steps), monkeypatch)
+    entry = tune("laptop", "adamw")
+    assert entry["settings"] == {"method.inner.lr": lr, "outer_steps": steps}
+    assert entry["interior"] is True
+    tried = {(trial["method.inner.lr"], trial["outer_steps"]) for trial in entry["trials"]}
+    rung = STEPS.index(steps)
+    beside = [(lr, STEPS[rung - 1])] + [(lr, STEPS[rung + 1])] * (steps < 32)
+    assert {(lr / 2, steps), (2 * lr, steps), *beside} <= tried
+    assert table(home) == {"adamw": entry}
+    assert run_config("laptop", "adamw", seed=2).method.inner.lr == lr
+    assert run_config("laptop", "adamw", seed=2).outer_steps == steps
+
+
+def test_the_two_learning_rates_of_muon_are_tuned_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def surface(config: RunConfig) -> float:
+        inner = config.method.inner
+        assert inner.adam_lr is not None
+        return 2 + abs(math.log2(inner.lr / 0.025)) + abs(math.log2(inner.adam_lr / 0.08))
+
+    monkeypatch.setattr(tuning, "run_study", Runs(surface))
+    entry = tune("laptop", "muon")
+    assert entry["settings"] == {"method.inner.lr": 0.025, "method.inner.adam_lr": 0.08, "outer_steps": 32}
+    assert entry["interior"] is True
+
+
+def test_no_setting_runs_twice_and_trials_are_listed_best_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = runs_on(bowl(0.08, 24), monkeypatch)
+    entry = tune("laptop", "adamw")
+    names = [config.recipe_id for config in runs.configs]
+    assert len(names) == len(set(names)) == len(entry["trials"])
+    assert {trial["run"] for trial in entry["trials"]} == set(names)
+    scores = [trial["steps_to_target"] for trial in entry["trials"]]
+    assert scores == sorted(scores) and scores[0] == pytest.approx(2.0)
+    best = next(config for config in runs.configs if config.recipe_id == entry["trials"][0]["run"])
+    assert (best.method.inner.lr, best.outer_steps) == (0.08, 24)
+
+
+def test_the_number_of_steps_stays_on_the_ladder_and_below_the_profiles_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A surface that rewards ever longer runs, and one that rewards ever shorter ones."""
+    runs = runs_on(lambda lr, steps: 3 - steps / 1000, monkeypatch)
+    entry = tune("laptop", "gauss_newton")
+    assert entry["settings"]["outer_steps"] == 5 and entry["interior"] is True
+    shortening = runs_on(lambda lr, steps: 1 + steps / 1000, monkeypatch)
+    entry = tune("laptop", "gauss_newton")
+    assert entry["settings"]["outer_steps"] == STEPS[0] and entry["interior"] is True
+    lengths = {config.outer_steps for config in runs.configs + shortening.configs}
+    assert lengths == {2, 3, 4, 5}  # the cap of Gauss-Newton methods is 5
+
+
+def test_among_equal_scores_the_start_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = runs_on(lambda lr, steps: 1.0, monkeypatch)
+    entry = tune("laptop", "adamw")
+    assert entry["settings"] == {"method.inner.lr": 0.01, "outer_steps": 32} and entry["interior"] is True
+    assert len(runs.rounds) == 1 and len(runs.configs) == 4  # 32 steps is the cap
+
+
+def test_without_a_run_that_reaches_the_target_the_final_loss_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs_on(lambda lr, steps: 100 + abs(math.log2(lr / 0.04)), monkeypatch)
+    entry = tune("laptop", "adamw")
+    assert entry["settings"] == {"method.inner.lr": 0.04, "outer_steps": 32} and entry["interior"] is True
+    assert all(trial["steps_to_target"] is None for trial in entry["trials"])
+    assert entry["trials"][0]["final_loss"] == pytest.approx(TARGET + 0.68)
+
+
+def test_the_score_prefers_reaching_the_target_then_the_lower_loss_and_divergence_is_last() -> None:
+    ordered = [
+        made("adamw", [5.0, TARGET, TARGET]),
+        made("adamw", [5.0, 4.5, TARGET]),
+        made("adamw", [5.0, 4.5, 4.4]),
+        made("adamw", [5.0, 4.5, 4.45]),
+        made("adamw", [5.0, 4.5, None], status="diverged"),
+    ]
+    scores = [score(record, TARGET) for record in ordered]
+    assert scores == sorted(scores) and len(set(scores)) == len(scores)
+    assert scores[-1] == score(made("adamw", [5.0, 9.0], status="diverged"), TARGET) == (math.inf, math.inf)
+
+
+def test_an_entry_whose_search_was_cut_short_says_that_it_is_not_interior(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = runs_on(bowl(10.24, 32), monkeypatch)  # ten doublings away
+    entry = tune("laptop", "adamw", rounds=3)
+    assert len(runs.rounds) == 3 and entry["interior"] is False
+    assert entry["settings"] == {"method.inner.lr": 0.08, "outer_steps": 32}
+    assert table(home)["adamw"]["interior"] is False
+
+
+def test_tuning_uses_seed_zero_only_and_no_result_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = runs_on(bowl(0.04, 16), monkeypatch)
+    tune("laptop", "adamw")
+    assert {config.seed for config in runs.configs} == {0}
+    assert all(0 not in find_profile(name).seeds for name in ("tiny", "laptop", "h200"))
+
+
+def test_tuning_again_starts_from_the_profile_and_not_from_the_tuned_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = runs_on(bowl(0.04, 16), monkeypatch)
+    first = tune("laptop", "adamw")
+    count = len(runs.rounds)
+    assert tune("laptop", "adamw") == first
+    assert runs.rounds[:count] == runs.rounds[count:]
+
+
+def test_two_methods_tuned_at_once_both_end_in_the_table(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have searched before either writes, and writing takes long: without a lock one entry would be lost."""
+    runs_on(bowl(0.01, 32), monkeypatch)
+    both, merge = threading.Barrier(2), tuning._merge
+
+    def together(*arguments: Any) -> None:
+        both.wait(30)
+        merge(*arguments)
+
+    @contextmanager
+    def slowly(path: Path) -> Iterator[Path]:
+        time.sleep(0.3)
+        with replacing(path) as temporary:
+            yield temporary
+
+    monkeypatch.setattr(tuning, "_merge", together)
+    monkeypatch.setattr(tuning, "replacing", slowly)
+    entries: dict[str, Any] = {}
+
+    def work(method: str) -> None:
+        entries[method] = tune("laptop", method)
+
+    threads = [threading.Thread(target=work, args=[method]) for method in ("soap", "adamw")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert table(home) == entries and list(table(home)) == ["adamw", "soap"]
+
+
+def test_without_running_the_search_goes_by_the_records_there_are(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_training(*_: Any) -> None:
+        pytest.fail("a run was started")
+
+    monkeypatch.setattr(study, "execute", no_training)
+    with pytest.raises(StudyError, match="gnlib tune"):
+        tune("laptop", "adamw", allow_run=False)
+    for lr in (0.01, 0.02):  # the start and one neighbour
+        config = run_config("laptop", "adamw", changes={"method.inner.lr": lr}, use_tuned=False)
+        records.write(home / "data" / "runs" / config.run_id / "record.jsonl", ran(config, 0.1 / lr))
+    entry = tune("laptop", "adamw", allow_run=False)
+    assert entry["settings"] == {"method.inner.lr": 0.02, "outer_steps": 32}
+    assert entry["interior"] is False and len(entry["trials"]) == 2
+
+
+def test_an_unknown_method_is_refused_before_anything_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = runs_on(bowl(0.01, 32), monkeypatch)
+    with pytest.raises(ConfigError, match="no method 'adam'; near or allowed: adamw"):
+        tune("laptop", "adam")
+    assert not runs.rounds and not list(home.iterdir())
