@@ -87,8 +87,9 @@ def step_ratio(method: str, reference: str = "gauss_newton") -> Measure:
 
 
 def best_baseline_ratio(groups: Groups, target: float) -> Estimate:
-    """Steps to target of the baseline that is fastest on average, over Gauss-Newton's."""
-    ratios = [step_ratio(name)(groups, target) for name in _BASELINES]
+    """Steps to target of the baseline that is fastest on average, over Gauss-Newton's; a diverged one is never it."""
+    sound = [name for name in _BASELINES if all(r.status == "finished" for r in groups[METHODS[name].label])]
+    ratios = [step_ratio(name)(groups, target) for name in sound] or [Estimate(math.nan, None, 0)]
     return min(ratios, key=lambda r: math.inf if math.isnan(r.mean) else r.mean)
 
 
@@ -99,9 +100,9 @@ def early_lead(groups: Groups, target: float) -> Estimate:
     shares = []
     for seed, record in newton.items():
         start = record.rows[0]["val_loss"] or math.nan
-        steps = crossing(record, (start + target) / 2).steps
-        losses = [_loss_at(other, steps) for other in others if other.config.seed == seed]
-        shares.append((start - min(losses)) / (start - target))
+        half_way = crossing(record, (start + target) / 2)
+        losses = [_loss_at(other, half_way.steps) for other in others if other.config.seed == seed]
+        shares.append(math.nan if half_way.censored else (start - min(losses)) / (start - target))
     return estimate(shares)
 
 

@@ -15,7 +15,7 @@ from gnlib import export as exports
 from gnlib import readme as readme_table
 from gnlib.config import ConfigError, RunConfig
 from gnlib.prepare import prepare as prepare_data
-from gnlib.profiles import METHODS, PROFILES, find_profile, run_config
+from gnlib.profiles import METHODS, PROFILES, find_method, find_profile, run_config
 from gnlib.studies import study_configs
 from gnlib.study import StudyError, describe, find, run_study, show_row
 from gnlib.train import run_folder
@@ -116,6 +116,8 @@ def tune(
         no_run: Only read the records there are.
     """
     find_profile(profile)
+    for method in methods:  # all names before the first hour
+        find_method(method)
     for method in methods:
         entry = tune_method(profile, method, jobs, allow_run=not no_run)
         where = "interior" if entry["interior"] else "NOT interior"

@@ -247,6 +247,8 @@ class RunConfig(Section):
             return RunConfig.parse(json.loads(Path(path).read_text()))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such configuration file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not a configuration file ({error})") from None
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}: not JSON ({error})") from None
 

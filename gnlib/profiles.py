@@ -120,7 +120,7 @@ PROFILES: dict[str, Profile] = {
             },
             {"outer_steps": 32, "method.inner.warmup": 3, "compute.micro_batch": 32},
             target=4.05,
-            most_steps=(5, 32),
+            most_steps=(5, 64),
             methods={
                 "muon": {"method.inner.lr": 0.1, "method.inner.adam_lr": 0.02},
                 "soap": {"method.inner.lr": 0.01, "method.inner.options": {"precondition_frequency": 1}},

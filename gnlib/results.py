@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # two-sided 95 % points of Student's t for n - 1 = 1, 2, ... degrees of freedom; the normal's beyond
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ class Estimate:
     """How many of the n are lower bounds, which makes the mean one too."""
 
     def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return "-"
         spread = "" if self.half_width is None else f" ± {self.half_width:.2f}"
         return f"{'≥ ' if self.censored else ''}{self.mean:.2f}{spread}"
 
@@ -157,6 +159,7 @@ def summary(records: Sequence[Record], target: float, reference: str = "GN") -> 
     import pandas as pd
 
     groups = by_method(records)
+    base = groups.get(reference, [])
     rows = []
     for name, runs in groups.items():
         reached = [crossing(record, target) for record in runs]
@@ -167,9 +170,9 @@ def summary(records: Sequence[Record], target: float, reference: str = "GN") -> 
                 "n": len(runs),
                 "reached": f"{len(runs) - sum(censored)} of {len(runs)}",
                 "steps": str(estimate([c.steps for c in reached], censored)),
-                f"steps / {reference}": str(ratio(runs, groups[reference], target, lambda c: c.steps)),
+                f"steps / {reference}": str(ratio(runs, base, target, lambda c: c.steps)),
                 "Mtokens": str(estimate([c.tokens / 1e6 for c in reached], censored)),
-                f"tokens / {reference}": str(ratio(runs, groups[reference], target, lambda c: c.tokens)),
+                f"tokens / {reference}": str(ratio(runs, base, target, lambda c: c.tokens)),
                 "final loss": str(estimate([_final(record) for record in runs])),
             }
         )

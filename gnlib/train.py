@@ -214,6 +214,7 @@ class _Run:
         checkpoint, path = self.folder / "checkpoint.pt", self.folder / "record.jsonl"
         earlier = records.read(path)
         if earlier is None or not checkpoint.exists():
+            checkpoint.unlink(missing_ok=True)  # without the rows before it, it is of no use
             return
         state = torch.load(checkpoint, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])

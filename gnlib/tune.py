@@ -1,15 +1,15 @@
 """Tuning a method as a study: a grid around the current best, extended until the best is interior to it.
 
 The score is the one the claims use: steps to the profile's target at the tuning seed 0; among runs that do not reach
-it, the final loss. Learning rates move by factors of 2 and the number of outer steps (the length of the schedule)
-along a ladder, until the best setting has worse neighbours on both sides along every axis. Every method is tuned so.
+it, the final loss. Learning rates move by factors of 2; the number of outer steps (the length of the schedule) and the
+baselines' warm-up move along ladders, until the best setting has worse neighbours on both sides along every axis.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gnlib.config import RunConfig
@@ -20,6 +20,7 @@ from gnlib.results import crossing
 from gnlib.study import StudyError, find, run_study
 
 SEED = 0  # never one of the seeds that results are reported on
+WARMUPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 STEPS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 MAX_ROUNDS = 12
 
@@ -39,22 +40,25 @@ def geometric(field: str, start: float, factor: float = 2.0) -> Axis:
     return Axis(field, lambda index: float(f"{start * factor**index:.4g}"))
 
 
-def ladder(field: str, start: int, most: int) -> Axis:
-    """The steps of STEPS up to `most`; None beyond either end."""
-    rungs = [steps for steps in STEPS if steps <= most]
+def ladder(field: str, start: int, values: Sequence[int], most: int) -> Axis:
+    """The values up to `most`; None beyond either end."""
+    rungs = [value for value in values if value <= most]
     origin = min(range(len(rungs)), key=lambda i: abs(rungs[i] - start))
     return Axis(field, lambda index: rungs[origin + index] if 0 <= origin + index < len(rungs) else None)
 
 
 def axes_of(profile: str, method: str) -> list[Axis]:
-    """What is tuned: learning rates (both parts of Muon) and the number of outer steps up to the profile's cap."""
+    """What is tuned: learning rates (both parts of Muon), the number of outer steps up to the profile's cap, and the
+    baselines' warm-up."""
     config = run_config(profile, method, use_tuned=False)
     inner = config.method.inner
     axes = [geometric("method.inner.lr", inner.lr)]
     if inner.optimizer == "muon":
         axes.append(geometric("method.inner.adam_lr", inner.adam_lr or inner.lr))
-    most = find_profile(profile).most_steps[0 if find_method(method).is_gauss_newton else 1]
-    return [*axes, ladder("outer_steps", config.outer_steps, most)]
+    newton = find_method(method).is_gauss_newton
+    most = find_profile(profile).most_steps[0 if newton else 1]
+    axes.append(ladder("outer_steps", config.outer_steps, STEPS, most))
+    return axes if newton else [*axes, ladder("method.inner.warmup", inner.warmup, WARMUPS, most)]
 
 
 def score(record: Record, target: float) -> Score:
@@ -74,7 +78,7 @@ def tune(
 
     The entry holds the settings, the score, whether the optimum is interior, and every trial with its run's name.
     """
-    find_method(method)
+    command = f"gnlib tune --profile {profile} --methods {method}"
     axes, target = axes_of(profile, method), find_profile(profile).target
     trials: dict[Point, tuple[Score, RunConfig]] = {}
     best: Point = (0,) * len(axes)
@@ -89,11 +93,12 @@ def tune(
             wanted = {p: c for (p, c), record in zip(wanted.items(), present, strict=True) if record is not None}
         if not wanted:
             break
-        for point, record in zip(wanted, run_study(list(wanted.values()), profile, jobs=jobs), strict=True):
+        records = run_study(list(wanted.values()), profile, jobs=jobs, command=command)
+        for point, record in zip(wanted, records, strict=True):
             trials[point] = (score(record, target), record.config)
         best = min(trials, key=lambda point: trials[point][0])
     if not trials:
-        raise StudyError(f"{method}, profile {profile}: no records to tune by; run: gnlib tune --methods {method}")
+        raise StudyError(f"{method}, profile {profile}: no records to tune by; run: {command}")
     interior = all(point in trials or not _settings(axes, point) for point in neighbours(best))
     entry = _entry(axes, trials, best, interior)
     _merge(profile, method, entry)
