@@ -82,20 +82,21 @@ def tune(
     axes, target = axes_of(profile, method), find_profile(profile).target
     trials: dict[Point, tuple[Score, RunConfig]] = {}
     best: Point = (0,) * len(axes)
-    for _ in range(rounds):
-        wanted = {
+    while rounds:
+        untried = {
             point: run_config(profile, method, SEED, settings, use_tuned=False)
             for point in [best, *neighbours(best)]
             if point not in trials and (settings := _settings(axes, point))
         }
-        if not allow_run:
-            present = find(list(wanted.values()), profile)
-            wanted = {p: c for (p, c), record in zip(wanted.items(), present, strict=True) if record is not None}
-        if not wanted:
+        found = dict(zip(untried, find(list(untried.values()), profile), strict=True))
+        records = {point: record for point, record in found.items() if record is not None}
+        if not records and untried and allow_run:  # first walk as far as the records go, then run
+            runs = run_study(list(untried.values()), profile, jobs=jobs, command=command)
+            records = dict(zip(untried, runs, strict=True))
+            rounds -= 1
+        if not records:
             break
-        records = run_study(list(wanted.values()), profile, jobs=jobs, command=command)
-        for point, record in zip(wanted, records, strict=True):
-            trials[point] = (score(record, target), record.config)
+        trials |= {point: (score(record, target), record.config) for point, record in records.items()}
         best = min(trials, key=lambda point: trials[point][0])
     if not trials:
         raise StudyError(f"{method}, profile {profile}: no records to tune by; run: {command}")

@@ -39,14 +39,14 @@ def ran(config: RunConfig, steps: float) -> Record:
 
 
 class Runs:
-    """`run_study` on a surface; remembers what it ran."""
+    """`run_study` on a surface with its best warm-up at 3, where the search starts; remembers what it ran."""
 
     def __init__(self, surface: Callable[[RunConfig], float]) -> None:
         self.surface, self.rounds = surface, []  # type: ignore[var-annotated]
 
     def __call__(self, configs: Sequence[RunConfig], profile: str, *_: Any, **__: Any) -> list[Record]:
         self.rounds.append(list(configs))
-        return [ran(config, self.surface(config)) for config in configs]
+        return [ran(config, self.surface(config) + 0.001 * abs(config.method.inner.warmup - 3)) for config in configs]
 
     @property
     def configs(self) -> list[RunConfig]:
@@ -76,18 +76,18 @@ def table(home: Path) -> dict[str, Any]:
     return json.loads((home / "data" / "records" / "laptop" / "tuned.json").read_text())
 
 
-@pytest.mark.parametrize(("lr", "steps"), [(0.16, 12), (0.00125, 20), (0.01, 32)])
+@pytest.mark.parametrize(("lr", "steps"), [(0.16, 12), (0.00125, 20), (0.01, 64)])
 def test_the_search_ends_at_the_optimum_with_worse_neighbours_on_both_sides(
     lr: float, steps: int, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From 0.01 and 32 steps; 32 is the profile's cap, which has no neighbour above."""
+    """From 0.01 and 32 steps; 64 is the profile's cap, which has no neighbour above."""
     runs_on(bowl(lr, steps), monkeypatch)
     entry = tune("laptop", "adamw")
-    assert entry["settings"] == {"method.inner.lr": lr, "outer_steps": steps}
+    assert entry["settings"] == {"method.inner.lr": lr, "outer_steps": steps, "method.inner.warmup": 3}
     assert entry["interior"] is True
     tried = {(trial["method.inner.lr"], trial["outer_steps"]) for trial in entry["trials"]}
     rung = STEPS.index(steps)
-    beside = [(lr, STEPS[rung - 1])] + [(lr, STEPS[rung + 1])] * (steps < 32)
+    beside = [(lr, STEPS[rung - 1])] + [(lr, STEPS[rung + 1])] * (steps < 64)
     assert {(lr / 2, steps), (2 * lr, steps), *beside} <= tried
     assert table(home) == {"adamw": entry}
     assert run_config("laptop", "adamw", seed=2).method.inner.lr == lr
@@ -102,7 +102,8 @@ def test_the_two_learning_rates_of_muon_are_tuned_apart(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(tuning, "run_study", Runs(surface))
     entry = tune("laptop", "muon")
-    assert entry["settings"] == {"method.inner.lr": 0.025, "method.inner.adam_lr": 0.08, "outer_steps": 32}
+    rates = {"method.inner.lr": 0.025, "method.inner.adam_lr": 0.08}
+    assert entry["settings"] == rates | {"outer_steps": 32, "method.inner.warmup": 3}
     assert entry["interior"] is True
 
 
@@ -133,16 +134,18 @@ def test_the_number_of_steps_stays_on_the_ladder_and_below_the_profiles_cap(monk
 def test_among_equal_scores_the_start_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = runs_on(lambda lr, steps: 1.0, monkeypatch)
     entry = tune("laptop", "adamw")
-    assert entry["settings"] == {"method.inner.lr": 0.01, "outer_steps": 32} and entry["interior"] is True
-    assert len(runs.rounds) == 1 and len(runs.configs) == 4  # 32 steps is the cap
+    assert entry["settings"] == {"method.inner.lr": 0.01, "outer_steps": 32, "method.inner.warmup": 3}
+    assert entry["interior"] is True
+    assert len(runs.rounds) == 1 and len(runs.configs) == 7  # the start and two neighbours on three axes
 
 
 def test_without_a_run_that_reaches_the_target_the_final_loss_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     runs_on(lambda lr, steps: 100 + abs(math.log2(lr / 0.04)), monkeypatch)
     entry = tune("laptop", "adamw")
-    assert entry["settings"] == {"method.inner.lr": 0.04, "outer_steps": 32} and entry["interior"] is True
+    assert entry["settings"] == {"method.inner.lr": 0.04, "outer_steps": 64, "method.inner.warmup": 3}
+    assert entry["interior"] is True
     assert all(trial["steps_to_target"] is None for trial in entry["trials"])
-    assert entry["trials"][0]["final_loss"] == pytest.approx(TARGET + 0.68)
+    assert entry["trials"][0]["final_loss"] == pytest.approx(TARGET + 0.36)
 
 
 def test_the_score_prefers_reaching_the_target_then_the_lower_loss_and_divergence_is_last() -> None:
@@ -164,7 +167,7 @@ def test_an_entry_whose_search_was_cut_short_says_that_it_is_not_interior(
     runs = runs_on(bowl(10.24, 32), monkeypatch)  # ten doublings away
     entry = tune("laptop", "adamw", rounds=3)
     assert len(runs.rounds) == 3 and entry["interior"] is False
-    assert entry["settings"] == {"method.inner.lr": 0.08, "outer_steps": 32}
+    assert entry["settings"] == {"method.inner.lr": 0.08, "outer_steps": 32, "method.inner.warmup": 3}
     assert table(home)["adamw"]["interior"] is False
 
 
@@ -224,7 +227,7 @@ def test_without_running_the_search_goes_by_the_records_there_are(home: Path, mo
         config = run_config("laptop", "adamw", changes={"method.inner.lr": lr}, use_tuned=False)
         records.write(home / "data" / "runs" / config.run_id / "record.jsonl", ran(config, 0.1 / lr))
     entry = tune("laptop", "adamw", allow_run=False)
-    assert entry["settings"] == {"method.inner.lr": 0.02, "outer_steps": 32}
+    assert entry["settings"] == {"method.inner.lr": 0.02, "outer_steps": 32, "method.inner.warmup": 3}
     assert entry["interior"] is False and len(entry["trials"]) == 2
 
 
@@ -233,3 +236,19 @@ def test_an_unknown_method_is_refused_before_anything_runs(home: Path, monkeypat
     with pytest.raises(ConfigError, match="no method 'adam'; near or allowed: adamw"):
         tune("laptop", "adam")
     assert not runs.rounds and not list(home.iterdir())
+
+
+def test_what_is_recorded_is_walked_before_anything_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a finer or wider search costs only what it adds."""
+    runs = runs_on(bowl(0.08, 32), monkeypatch)
+    for lr in (0.01, 0.02, 0.04):
+        config = run_config("laptop", "adamw", changes={"method.inner.lr": lr}, use_tuned=False)
+        records.write(home / "data" / "runs" / config.run_id / "record.jsonl", ran(config, 0.1 / lr))
+    tune("laptop", "adamw")
+    assert {config.method.inner.lr for config in runs.rounds[0]} == {0.04, 0.08}  # around the best of the recorded
+
+
+def test_the_warm_up_of_a_baseline_is_tuned_and_gauss_newton_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "run_study", Runs(lambda config: 5 + abs(config.method.inner.warmup - 12)))
+    assert tune("laptop", "soap")["settings"]["method.inner.warmup"] == 12
+    assert "method.inner.warmup" not in tune("laptop", "gauss_newton")["settings"]
