@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gnlib.profiles import METHODS, find_profile
+from gnlib.profiles import METHODS, find_profile, tuning
 from gnlib.record import Record
 from gnlib.results import Crossing, Estimate, by_method, crossing, estimate, ratio
 from gnlib.studies import study_configs
-from gnlib.study import find
+from gnlib.study import StudyError, find
 
 NOT_RUN = "not run"
+NOT_INTERIOR = "†"
+FOOTNOTE = f"{NOT_INTERIOR} the best setting of a method in the row lies at the edge of what was tried"
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ class Question:
         present = [record for record in find(configs, profile, fresh) if record is not None]
         if len(present) < len(configs):
             return unanswered
+        if len({record.config.data.fingerprint for record in present}) > 1:
+            raise StudyError(f"{self.study}, profile {profile}: its records come from different texts; see --fresh")
         found = self.measure(by_method(present), find_profile(profile).target)
-        return Claim(self.claim, self.paper, str(found), found.n, self.unit, self._holds(found))
+        mark = "" if all(tuning(profile, name).get("interior") for name in self.methods) else f" {NOT_INTERIOR}"
+        return Claim(self.claim, self.paper, f"{found}{mark}", found.n, self.unit, self._holds(found))
 
     def _holds(self, found: Estimate) -> bool:
         if math.isnan(found.mean):
@@ -185,7 +190,11 @@ def as_markdown(profiles: Sequence[str]) -> str:
     for rows in zip(*answers, strict=True):
         cells = [f"{row.ours}, n = {row.n}: {row.verdict}" if row.ours else NOT_RUN for row in rows]
         lines.append(f"| {rows[0].claim} | {rows[0].unit} | {rows[0].paper} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return _with_footnote("\n".join(lines))
+
+
+def _with_footnote(table: str) -> str:
+    return f"{table}\n\n{FOOTNOTE}" if NOT_INTERIOR in table else table
 
 
 def as_text(rows: Sequence[Claim]) -> str:
@@ -194,4 +203,4 @@ def as_text(rows: Sequence[Claim]) -> str:
     cells += [(row.claim, row.paper, row.ours or "-", str(row.n or "-"), row.verdict) for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return _with_footnote("\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]]))

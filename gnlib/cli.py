@@ -174,7 +174,7 @@ def main() -> None:
     """Entry point of the `gnlib` command."""
     try:
         app.cli(prog="gnlib", description="Full Gauss-Newton as the oracle for language-model optimisers.")
-    except (ConfigError, StudyError) as error:
+    except (ConfigError, StudyError, OSError) as error:
         print(f"gnlib: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -31,6 +31,7 @@ import pyarrow
 import pyarrow.parquet
 
 from gnlib.config import ConfigError
+from gnlib.files import home
 
 EXTENSIONS = tuple(kind + packing for kind in (".txt", ".jsonl", ".parquet") for packing in ("", ".gz", ".zst"))
 C4 = "allenai/c4"
@@ -54,9 +55,9 @@ def documents(source: str, skip: int = 0) -> Iterator[str]:
     if source == "docstrings":
         return islice(_docstrings(), skip, None)
     if source == "c4" or source.startswith("c4:"):
-        return _stream(None if source == "c4" else source[3:], skip)
+        return _stream(None if source == "c4" else str(located(source)), skip)
     files = _files(source)
-    whole = Path(source).is_dir()
+    whole = located(source).is_dir()
     return islice((text for path in files for text in _read(path, whole) if text.strip()), skip, None)
 
 
@@ -67,7 +68,7 @@ def identity(source: str) -> list[str]:
     if source == "docstrings":
         root = _library()
         return [sys.version, *(_summary(path, root) for path in _modules(root)), _summary(_topics(root), root)]
-    folder = Path(source.removeprefix("c4:"))
+    folder = located(source)
     return [_summary(path, folder) for path in _files(str(folder))]
 
 
@@ -78,8 +79,14 @@ def one_line(error: BaseException) -> str:
 # Files
 
 
+def located(source: str) -> Path:
+    """The path of a file source: as given, else below the folder that holds data/, wherever one works from."""
+    path = Path(source.removeprefix("c4:")).expanduser()
+    return path if path.exists() or path.is_absolute() else home() / path
+
+
 def _files(source: str) -> list[Path]:
-    path = Path(source)
+    path = located(source)
     if path.is_dir():
         found = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
         files = sorted((file for file in found if file.name.endswith(EXTENSIONS)), key=lambda file: file.as_posix())

@@ -97,13 +97,15 @@ def _from_path(path: str) -> Entry:
 def construct(kind: type[Optimizer], parameters: Named, inner: InnerConfig, **settings: Any) -> Optimizer:
     """`kind` on the parameters with lr, weight decay and betas where it has them, `settings`, then the user's options.
 
-    An option that the class does not take is an error: some optimisers swallow unknown keywords.
+    An option that the class does not take is an error, since some optimisers swallow unknown keywords, and so is one
+    that is a field of InnerConfig.
     """
     known = inspect.signature(kind.__init__).parameters
     common: dict[str, Any] = {"lr": inner.lr, "weight_decay": inner.weight_decay, "betas": inner.betas}
-    unknown = [name for name in inner.options if name not in known or name in ("self", "params", "kwargs")]
+    reserved = {"self", "params", "args", "kwargs", *type(inner).model_fields}  # fields are set as fields
+    unknown = [name for name in inner.options if name not in known or name in reserved]
     if unknown:
-        allowed = [name for name in known if name not in ("self", "params", "kwargs")]
+        allowed = [name for name in known if name not in reserved]
         names = ", ".join(allowed)
         raise ConfigError(f"method.inner.options: {kind.__name__} takes no {unknown[0]!r}; allowed: {names}")
     arguments = {name: value for name, value in common.items() if name in known} | settings | inner.options

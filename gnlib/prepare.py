@@ -51,7 +51,9 @@ def prepare(config: DataConfig, progress: bool = True) -> TokenFiles:
 
 def _carried(config: DataConfig) -> Path | None:
     """The folder with the fingerprint; without one, token files made elsewhere from a text that is not here."""
-    if not config.fingerprint and (config.source in ("docstrings", "synthetic", "c4") or Path(config.source).exists()):
+    if not config.fingerprint and (
+        config.source in ("docstrings", "synthetic", "c4") or corpus.located(config.source).exists()
+    ):
         return None
     wanted = {"fingerprint": config.fingerprint} if config.fingerprint else _settings(config)
     for meta in sorted((data_folder() / "prepared").glob("[!.]*/meta.json")):

@@ -227,10 +227,13 @@ def records_folder(profile: str) -> Path:
     return home() / "data" / "records" / profile
 
 
-def tuned(profile: str, method: str) -> Changes:
-    """The tuned settings of a method at the profile's outer batch; empty before `gnlib tune`."""
+def tuning(profile: str, method: str) -> dict[str, Any]:
+    """The entry of a method in the profile's tuned.json (`gnlib.tune.tune`); empty before it was tuned."""
     path = records_folder(profile) / "tuned.json"
-    return json.loads(path.read_text()).get(method, {}).get("settings", {}) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()).get(method, {}) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
 
 
 def run_config(
@@ -244,7 +247,7 @@ def run_config(
         _PAPER_INNER,
         setting.gauss_newton if kind.is_gauss_newton else setting.baseline,
         setting.methods.get(method, {}),
-        tuned(profile, method) if use_tuned else {},
+        tuning(profile, method).get("settings", {}) if use_tuned else {},
         {"seed": seed},
         changes or {},
     ]

@@ -61,7 +61,7 @@ def read(path: Path) -> Record | None:
     lines = list(_whole_lines(path))
     if not lines or "config" not in lines[0]:
         return None
-    record = Record(RunConfig.parse(lines[0]["config"]), lines[0]["environment"])
+    record = Record(RunConfig.parse(lines[0]["config"]), lines[0].get("environment", {}))
     for line in lines[1:]:
         if "status" in line:
             record.status = line["status"]

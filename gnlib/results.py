@@ -93,8 +93,9 @@ class Estimate:
     def __str__(self) -> str:
         if math.isnan(self.mean):
             return "-"
-        spread = "" if self.half_width is None else f" ± {self.half_width:.2f}"
-        return f"{'≥ ' if self.censored else ''}{self.mean:.2f}{spread}"
+        if self.censored:
+            return f"≥ {self.mean:.2f}"  # bounds have no interval
+        return f"{self.mean:.2f}" if self.half_width is None else f"{self.mean:.2f} ± {self.half_width:.2f}"
 
 
 def estimate(values: Sequence[float], censored: Sequence[bool] = ()) -> Estimate:

@@ -24,7 +24,7 @@ def study_configs(
     """The runs of a study; the profile's own seeds and all methods by default. ConfigError for an unknown name."""
     if name not in STUDIES:
         raise ConfigError(f"study: no study {name!r}; allowed: {', '.join(STUDIES)}")
-    chosen = list(methods or METHODS)
+    chosen = list(dict.fromkeys(methods or METHODS))  # each once
     for method in chosen:
         find_method(method)
-    return STUDIES[name](profile, seeds or find_profile(profile).seeds, chosen)
+    return STUDIES[name](profile, list(dict.fromkeys(seeds or find_profile(profile).seeds)), chosen)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,11 @@ import torch
 from tqdm.auto import tqdm
 
 from gnlib import record as records
-from gnlib.config import RunConfig
+from gnlib.config import ConfigError, RunConfig
 from gnlib.files import data_folder, home, replacing
 from gnlib.profiles import label, records_folder
 from gnlib.record import Record, Row
-from gnlib.train import pinned, run_folder, start_config
+from gnlib.train import check, pinned, run_folder, start_config
 
 POLL_SECONDS = 0.2
 
@@ -46,9 +47,15 @@ def find(configs: Sequence[RunConfig], profile: str, fresh: bool = False) -> lis
 
 
 def load_folder(folder: Path) -> Iterable[Record]:
-    """All records below a folder, of run folders and shipped ones alike."""
-    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*/record.jsonl")])
-    return (record for record in map(records.read, paths) if record is not None)
+    """All records below a folder, of run folders and shipped ones alike; unreadable ones are skipped with a warning."""
+    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*/record.jsonl")]):
+        try:
+            record = records.read(path)
+        except ConfigError as error:
+            warnings.warn(f"{path} is of another version: {error}", stacklevel=2)
+            continue
+        if record is not None:
+            yield record
 
 
 def run_study(
@@ -72,13 +79,21 @@ def run_study(
             f"{len(missing)} of {len(configs)} records are missing, the first is {describe(missing[0])}; run: {command}"
         )
     if missing:
-        missing = [pinned(config) for config in missing]
+        for config in missing:
+            check(config)
+        missing = sorted((pinned(config) for config in missing), key=cost, reverse=True)  # the longest first
         starts = {start.run_id: start for start in map(start_config, missing) if start.outer_steps}
         execute([start for start in starts.values() if _unended(start)], jobs, keep_weights=True)
         execute(missing, jobs)
     found = find(configs, profile, fresh)
     assert all(record is not None for record in found)
     return [record for record in found if record is not None]
+
+
+def cost(config: RunConfig) -> float:
+    """Relative cost of a run, to put the long ones first: forward passes, roughly."""
+    units = {"full": 5, "layerwise": 10, "matrix": 20}[config.method.blocks] if config.method.objective != "loss" else 3
+    return float(units * config.outer_steps * config.outer_batch)
 
 
 def describe(config: RunConfig) -> str:
@@ -101,6 +116,8 @@ class _Job:
 
 def execute(configs: Sequence[RunConfig], jobs: int | None = None, keep_weights: bool = False) -> None:
     """Run configurations as processes, `jobs` at a time (default: a GPU each, else half the cores' threads)."""
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs: {jobs}; at least 1")
     waiting, failed = list(configs), []
     running: list[tuple[int, _Job]] = []
     slots = list(range(jobs or default_jobs(configs)))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gnlib import record as records
 from gnlib.average import Average
-from gnlib.config import MethodConfig, RunConfig
+from gnlib.config import ConfigError, MethodConfig, RunConfig
 from gnlib.data import TokenStream, validation_batches
 from gnlib.files import data_folder, exclusive, replacing
 from gnlib.losses import CrossEntropy
@@ -62,10 +62,13 @@ def train(
     `on_row` is called with every new row. A checkpoint is written when `checkpoint_seconds` have passed since the
     last one: a killed run loses at most that. Raises ConfigError before anything runs if the data do not fit.
     """
+    check(config)
     config = pinned(config)
     folder = run_folder(config)
     with exclusive(folder / "run"):
         done = records.read(folder / "record.jsonl")
+        if done is not None and done.config != config:
+            raise ConfigError(f"{folder}: holds a run made with other defaults; move it away")
         if done is not None and done.ended and (not keep_weights or (folder / "weights.pt").exists()):
             return done
         run = _Run(config, device or default_device(), folder)
@@ -73,6 +76,14 @@ def train(
         if keep_weights:
             _save(folder / "weights.pt", run.model.state_dict())
         return run.record
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError for a method that cannot be built, before any text is prepared: on a model without memory."""
+    with torch.device("meta"):
+        size = config.model
+        model = Decoder(config.data.vocabulary, size.width, size.mlp_width, size.blocks, size.heads, 2)
+        OuterStep(model, CrossEntropy(), config)
 
 
 def start_config(config: RunConfig) -> RunConfig:

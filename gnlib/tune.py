@@ -100,7 +100,7 @@ def tune(
         best = min(trials, key=lambda point: trials[point][0])
     if not trials:
         raise StudyError(f"{method}, profile {profile}: no records to tune by; run: {command}")
-    interior = all(point in trials or not _settings(axes, point) for point in neighbours(best))
+    interior = all(point in trials or _below(axes, point) for point in neighbours(best))
     entry = _entry(axes, trials, best, interior)
     _merge(profile, method, entry)
     return entry
@@ -111,6 +111,12 @@ def neighbours(point: Point) -> list[Point]:
     return [
         (*point[:axis], point[axis] + step, *point[axis + 1 :]) for axis in range(len(point)) for step in (-1, 1)
     ]
+
+
+def _below(axes: list[Axis], point: Point) -> bool:
+    """Beyond the lower end of an axis, where there is nothing to try; at its upper end it was a cap that stopped us."""
+    pairs = zip(axes, point, strict=True)
+    return any(axis.value(index) is None and axis.value(index + 1) is not None for axis, index in pairs)
 
 
 def _settings(axes: list[Axis], point: Point) -> Changes | None:

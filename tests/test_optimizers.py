@@ -269,7 +269,13 @@ def test_something_that_is_no_optimiser_class_is_a_one_line_error(path: str) -> 
 def test_an_unknown_option_is_a_one_line_error_that_names_it_and_the_allowed_ones(optimizer: str) -> None:
     message = _refused(optimizer=optimizer, options={"warp_factor": 9})
     assert message.startswith("method.inner.options: ")
-    assert "'warp_factor'" in message and "lr" in message.split("allowed:")[1]
+    assert "'warp_factor'" in message and message.split("allowed: ")[1]
+
+
+@pytest.mark.parametrize("field", ["lr", "weight_decay", "betas"])
+def test_an_option_cannot_stand_in_for_a_field(field: str) -> None:
+    """The record would show the field's value and the run would have used the option's."""
+    assert f"AdamW takes no '{field}'" in _refused(optimizer="adamw", options={field: 1})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from test_results import made
 from gnlib import record as records
 from gnlib import studies, study
 from gnlib.config import ConfigError, RunConfig
+from gnlib.files import data_folder
 from gnlib.profiles import METHODS, label, run_config
 from gnlib.record import Record
 from gnlib.study import StudyError, describe, execute, find, run_study
@@ -98,17 +99,30 @@ def test_only_what_is_missing_is_trained_and_records_come_in_the_order_asked_for
 def test_a_failing_run_is_reported_with_its_logs_tail_and_does_not_stop_the_others(launched: list[list[str]]) -> None:
     """Both have the same start, which is made first and once."""
     start = {"start__chinchilla_fraction": 0.001}
-    bad = short("adamw", method__inner__optimizer="no_such_package.Optimizer", **start)
+    bad = short("adamw", method__inner__optimizer="torch.optim.LBFGS", **start)  # wants a closure that it does not get
     good = short("adamw", **start)
     with pytest.raises(StudyError) as caught:
         run_study([bad, good], "tiny", jobs=1)
     (line,) = str(caught.value).splitlines()
-    assert line.startswith(f"{describe(pinned(bad))} failed with exit code 2: ")
-    assert "cannot import 'no_such_package.Optimizer'" in line
+    assert line.startswith(f"{describe(pinned(bad))} failed with exit code 1: ")
+    assert "missing 1 required positional argument: 'closure'" in line
     assert [record and record.status for record in find([bad, good], "tiny")] == [None, "finished"]
     weights = run_folder(pinned(start_config(good))) / "weights.pt"
     assert weights.exists() and len(launched) == 3
     assert launched[0][-1] == "--keep-weights" and all("--keep-weights" not in command for command in launched[1:])
+
+
+def test_a_run_that_cannot_be_built_is_refused_before_anything_runs(launched: list[list[str]]) -> None:
+    bad = short("adamw", method__inner__optimizer="no_such_package.Optimizer", start__chinchilla_fraction=0.001)
+    with pytest.raises(ConfigError, match=r"cannot import 'no_such_package\.Optimizer'"):
+        run_study([bad, short("adamw")], "tiny", jobs=1)
+    assert not launched and not data_folder().exists()
+
+
+def test_less_than_one_job_is_refused(launched: list[list[str]]) -> None:
+    with pytest.raises(ConfigError, match="jobs: 0; at least 1"):
+        run_study([short("adamw")], "tiny", jobs=0)
+    assert not launched
 
 
 def test_interrupting_a_study_ends_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
