@@ -165,9 +165,13 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
+def shapes_only(config: RunConfig) -> Decoder:
+    """The run's model without memory (on the meta device), to count parameters or to check what is built on them."""
+    size = config.model
+    with torch.device("meta"):
+        return Decoder(config.data.vocabulary, size.width, size.mlp_width, size.blocks, size.heads, 2)
+
+
 def parameter_count(config: RunConfig) -> int:
     """Parameters of the run's model, embedding and head included."""
-    with torch.device("meta"):
-        size = config.model
-        model = Decoder(config.data.vocabulary, size.width, size.mlp_width, size.blocks, size.heads, 2)
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in shapes_only(config).parameters())

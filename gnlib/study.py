@@ -115,7 +115,7 @@ class _Job:
 
 
 def execute(configs: Sequence[RunConfig], jobs: int | None = None, keep_weights: bool = False) -> None:
-    """Run configurations as processes, `jobs` at a time (default: a GPU each, else half the cores' threads)."""
+    """Run configurations as processes, `jobs` at a time (default: one a GPU, else as many as the cores allow)."""
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs: {jobs}; at least 1")
     waiting, failed = list(configs), []

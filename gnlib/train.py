@@ -24,7 +24,7 @@ from gnlib.config import ConfigError, MethodConfig, RunConfig
 from gnlib.data import TokenStream, validation_batches
 from gnlib.files import data_folder, exclusive, replacing
 from gnlib.losses import CrossEntropy
-from gnlib.model import Decoder, parameter_count
+from gnlib.model import Decoder, parameter_count, shapes_only
 from gnlib.objective import forward_loss
 from gnlib.outer_step import OuterStep, StepInfo
 from gnlib.precision import matmul_precision
@@ -80,10 +80,7 @@ def train(
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError for a method that cannot be built, before any text is prepared: on a model without memory."""
-    with torch.device("meta"):
-        size = config.model
-        model = Decoder(config.data.vocabulary, size.width, size.mlp_width, size.blocks, size.heads, 2)
-        OuterStep(model, CrossEntropy(), config)
+    OuterStep(shapes_only(config), CrossEntropy(), config)
 
 
 def start_config(config: RunConfig) -> RunConfig:
