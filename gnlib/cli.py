@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from tqdm import tqdm
 
+from gnlib import bench as benchmark
 from gnlib import claims as claim_rows
 from gnlib import export as exports
 from gnlib import readme as readme_table
 from gnlib.config import ConfigError, RunConfig
+from gnlib.files import replacing
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import METHODS, PROFILES, find_method, find_profile, run_config
 from gnlib.studies import study_configs
@@ -154,6 +157,33 @@ def verify() -> None:
 def readme() -> None:
     """Bring the claims table in README.md up to date with the shipped records."""
     readme_table.update()
+
+
+@app.command
+def bench(
+    size: tuple[str, ...] = ("laptop",),
+    precision: tuple[str, ...] = (),
+    methods: tuple[str, ...] = tuple(benchmark.METHODS),
+    steps: int = 20,
+    compile: bool | None = None,
+    json: Path | None = None,
+) -> None:
+    """Measure every method's inner step beside a standard AdamW step, in one process, on random tokens.
+
+    Args:
+        size: laptop, h200, 45m or 150m (tiny for tests); several may be given.
+        precision: fp32, tf32, bf16; bf16 on a GPU and fp32 on a CPU by default.
+        methods: standard, gn, prox_linear, layerwise, forward (the loss alone); standard always runs.
+        steps: Timed steps after 5 of warm-up; the median counts.
+        compile: torch.compile; on a GPU by default.
+        json: Where to write the rows as a list of objects.
+    """
+    chosen = precision or (("bf16",) if torch.cuda.is_available() else ("fp32",))
+    print(benchmark.as_text(None))
+    rows = benchmark.bench(size, chosen, methods, steps, compile, lambda row: print(benchmark.as_text(row), flush=True))
+    if json:
+        with replacing(json) as temporary:
+            temporary.write_text(_dumps(rows) + "\n")
 
 
 def _assignment(text: str) -> tuple[str, object]:

@@ -116,7 +116,9 @@ def construct(kind: type[Optimizer], parameters: Named, inner: InnerConfig, **se
 
 
 def _adamw(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
-    return [construct(torch.optim.AdamW, {**matrices, **others}, inner)]
+    parameters = {**matrices, **others}
+    on_gpu = all(p.is_cuda for p in parameters.values())
+    return [construct(torch.optim.AdamW, parameters, inner, **({"fused": True} if on_gpu else {}))]
 
 
 def _sgd(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
@@ -131,7 +133,7 @@ def _muon(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]
         optimizers.append(construct(kind, matrices, inner, momentum=inner.momentum, adjust_lr_fn="original"))
     if others:
         beside = inner.model_copy(update={"lr": inner.adam_lr or inner.lr, "options": {}})
-        optimizers.append(construct(torch.optim.AdamW, others, beside))
+        optimizers += _adamw({}, others, beside)
     return optimizers
 
 

@@ -107,12 +107,17 @@ class OuterStep:
         losses, passes = [], 0.0
         for index in range(inner.steps):
             factor = learning_rate_factor(inner, self.done, index, self.config.outer_steps)
-            gradients, loss, units = self._gradients(stream, size)
-            for solver, gradient in zip(self.solvers, gradients, strict=True):
-                solver.step(gradient, factor)
+            loss, units = self.inner_step(stream, size, factor)
             losses.append(loss)
             passes += units * size
         return torch.stack(losses).double().mean().item(), passes
+
+    def inner_step(self, stream: Stream, sequences: int, lr_factor: float) -> tuple[Tensor, float]:
+        """One optimiser step of every block's solver on a fresh batch; returns the loss and the cost per sequence."""
+        gradients, loss, units = self._gradients(stream, sequences)
+        for solver, gradient in zip(self.solvers, gradients, strict=True):
+            solver.step(gradient, lr_factor)
+        return loss, units
 
     def _gradients(self, stream: Stream, sequences: int) -> tuple[list[dict[str, Tensor]], Tensor, float]:
         """Each block's gradient on the same fresh batch, the mean loss, and the cost per sequence."""
@@ -127,7 +132,9 @@ class OuterStep:
             loss = loss + evaluations[0].loss / len(batches)
             gradients = [e.gradient for e in evaluations]
             totals = gradients if not totals else [_summed(t, g) for t, g in zip(totals, gradients, strict=True)]
-        return [{name: g / len(batches) for name, g in total.items()} for total in totals], loss, units
+        if len(batches) > 1:
+            totals = [{name: g / len(batches) for name, g in total.items()} for total in totals]
+        return totals, loss, units
 
     def _micro_batches(self, stream: Stream, sequences: int, purpose: Purpose) -> Iterator[tuple[Tensor, Tensor]]:
         """Equal batches of at most `compute.micro_batch` sequences, so that the mean of means is the mean.
