@@ -20,7 +20,7 @@ from torch import Tensor
 @triton.jit
 def _sweep(
     state, q, dq, K, V, DK, DV, key_strides, value_strides, dkey_strides, dvalue_strides, rows, low, high, length,
-    scale, HEAD: tl.constexpr, FEATURES: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    SCALE: tl.constexpr, HEAD: tl.constexpr, FEATURES: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys `low` to `high` of one tile of queries; MASKED where some of them are in the future or beyond the end."""
@@ -33,9 +33,9 @@ def _sweep(
         dk = tl.load(DK + columns[:, None] * dkey_strides + features[None, :], mask=inside, other=0.0)
         v = tl.load(V + columns[:, None] * value_strides + features[None, :], mask=inside, other=0.0)
         dv = tl.load(DV + columns[:, None] * dvalue_strides + features[None, :], mask=inside, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634)  # powers of two are faster
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * 1.4426950408889634)  # powers of two are faster
         ds = tl.dot(dq, tl.trans(k), input_precision=PRECISION)
-        ds = tl.dot(q, tl.trans(dk), ds, input_precision=PRECISION) * scale
+        ds = tl.dot(q, tl.trans(dk), ds, input_precision=PRECISION) * SCALE
         if MASKED:
             s = tl.where(rows[:, None] >= columns[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
@@ -54,8 +54,9 @@ def _sweep(
 def _tangent(
     Q, K, V, DQ, DK, DV, Y, DY,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, dq_b, dq_h, dq_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
-    y_b, y_h, y_s, dy_b, dy_h, dy_s, heads, length, scale,
-    HEAD: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    y_b, y_h, y_s, dy_b, dy_h, dy_s, heads, length,
+    SCALE: tl.constexpr, HEAD: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS queries of one head; the tiles with most keys start first."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -77,12 +78,12 @@ def _tangent(
     state = (zeros - float("inf"), zeros, zeros, tl.zeros([ROWS, FEATURES], tl.float32))
     past = tile * ROWS  # a multiple of COLUMNS: keys before it are visible to every query of the tile
     state = _sweep(
-        state, q, dq, K, V, DK, DV, k_s, v_s, dk_s, dv_s, rows, 0, past, length, scale,
-        HEAD, FEATURES, COLUMNS, False, PRECISION,
+        state, q, dq, K, V, DK, DV, k_s, v_s, dk_s, dv_s, rows, 0, past, length,
+        SCALE, HEAD, FEATURES, COLUMNS, False, PRECISION,
     )  # fmt: skip
     state = _sweep(
-        state, q, dq, K, V, DK, DV, k_s, v_s, dk_s, dv_s, rows, past, tl.minimum(past + ROWS, length), length, scale,
-        HEAD, FEATURES, COLUMNS, True, PRECISION,
+        state, q, dq, K, V, DK, DV, k_s, v_s, dk_s, dv_s, rows, past, tl.minimum(past + ROWS, length), length,
+        SCALE, HEAD, FEATURES, COLUMNS, True, PRECISION,
     )  # fmt: skip
     _, total, change, out = state
     y = tl.load(Y + rows[:, None] * y_s + features[None, :], mask=inside, other=0.0)
@@ -101,11 +102,11 @@ def attention_tangent(
     sequences, count, length, features = q.shape
     tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (*heads, *dheads, y)]
     dy = torch.empty(sequences, length, count, features, dtype=q.dtype, device=q.device).transpose(1, 2)
-    rows, columns, warps, stages = tile or ((128, 64, 8, 3) if q.dtype == torch.bfloat16 else (64, 32, 4, 2))
+    rows, columns, warps, stages = tile or ((64, 32, 4, 3) if q.dtype == torch.bfloat16 else (128, 64, 8, 2))
     strides = [stride for t in (*tensors, dy) for stride in t.stride()[:3]]
     _tangent[(triton.cdiv(length, rows), sequences * count)](
-        *tensors, dy, *strides, count, length, features**-0.5,
-        HEAD=features, FEATURES=max(16, triton.next_power_of_2(features)), ROWS=rows, COLUMNS=columns,
+        *tensors, dy, *strides, count, length,
+        SCALE=features**-0.5, HEAD=features, FEATURES=max(16, triton.next_power_of_2(features)), ROWS=rows, COLUMNS=columns,
         PRECISION="tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dy
