@@ -216,10 +216,7 @@ def _parts(outer: OuterStep, batch: Batch, total: float, steps: int) -> dict[str
         @torch.no_grad()
         def logits() -> head.Derivative:
             x = here.features.detach().flatten(0, -2)
-            derivatives = head.derivatives(
-                x, anchor["head.weight"], targets, [change], objective.loss, objective.expand, compute.compile
-            )
-            return derivatives[1][0]
+            return head.derivatives(x, anchor["head.weight"], targets, [change], objective.expand)[1][0]
 
         cotangent = logits().features
         assert cotangent is not None

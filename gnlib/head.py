@@ -2,7 +2,7 @@
 
 With features x [T, D], the head's weight W [V, D] and, of a change of the model, their tangents dx and dW:
 
-    z = x W^T    v = dx W^T + x dW^T    (value, u) = expansion of the loss at z, v    pullback: u W [T, D], u^T x [V, D]
+    z = x W^T    v = dx W^T + x dW^T    u = the expansion's derivative at z, v    pullback: u W [T, D], u^T x [V, D]
 
 Several changes (the blocks of layerwise Gauss-Newton) share z.
 """
@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gnlib.losses import ConvexLoss
-from gnlib.tangents import linear
 
-CHUNK_ELEMENTS = 2**27
-"""Of a [tokens, vocabulary] tensor: 256 MiB in bf16, large enough for full speed on an H200."""
+CHUNK_ELEMENTS = 2**28
+"""Of a [tokens, vocabulary] tensor: 512 MiB in bf16, large enough for full speed on an H200."""
 
-Expansion = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(outputs z, targets y, output tangent v) -> a model of the loss at v and its derivative in v."""
+Expansion = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(outputs z, targets y, output tangent v) -> the loss at z, a model of it at v, that model's derivative in v.
+
+All three are of means over the tokens given. It may overwrite v.
+"""
 
 
 class Change(NamedTuple):
@@ -44,21 +46,29 @@ class Derivative(NamedTuple):
 
 
 def derivatives(
-    x: Tensor, weight: Tensor, targets: Tensor, changes: Sequence[Change], loss: ConvexLoss, expansion: Expansion,
-    compiled: bool = False,
-) -> tuple[Tensor, list[Derivative]]:  # fmt: skip
-    """The loss at z and one `Derivative` a change; x [T, D], targets [T]. Both losses average over the T tokens."""
-    run = _compiled(_derivatives) if compiled else _derivatives
-    x, weight, dweights = _cast(x), _cast(weight), [_cast(change.dweight) for change in changes]
+    x: Tensor, weight: Tensor, targets: Tensor, changes: Sequence[Change], expansion: Expansion
+) -> tuple[Tensor, list[Derivative]]:
+    """The loss at z and one `Derivative` a change; x [T, D], targets [T]. Means over the T tokens."""
+    x, weight = _cast(x), _cast(weight)
+    products = [_tangent_product(x, weight, Change(*map(_cast, change))) for change in changes]
     losses, sums = [], [_Sum() for _ in changes]
     for rows, share in _chunks(len(x), len(weight)):
-        features = [None if change.dfeatures is None else _cast(change.dfeatures[rows]) for change in changes]
-        moved = [Change(dx, dweight) for dx, dweight in zip(features, dweights, strict=True)]
-        value, found = run(x[rows], weight, targets[rows], moved, loss, expansion, share)
-        losses.append(value)
-        for total, part in zip(sums, found, strict=True):
-            total.add(part)
+        z = F.linear(x[rows], weight)
+        for change, (inputs, matrix), total in zip(changes, products, sums, strict=True):
+            loss, value, u = expansion(z, targets[rows], F.linear(inputs[rows], matrix))
+            u = u.to(z.dtype)
+            features = None if change.dfeatures is None else (u @ weight) * share
+            total.add(Derivative(value * share, features, None if change.dweight is None else (u.mT @ x[rows]) * share))
+        losses.append(loss * share)
     return torch.stack(losses).sum(), [total.derivative() for total in sums]
+
+
+def _tangent_product(x: Tensor, weight: Tensor, change: Change) -> tuple[Tensor, Tensor]:
+    """(A, B) with v = A B^T: where both moved, [dx, x] and [W, dW], one product in place of two and their sum."""
+    dx, dweight = change
+    if dx is None or dweight is None:
+        return (x if dx is None else dx), (weight if dweight is None else dweight)
+    return torch.cat([dx, x], -1), torch.cat([weight, dweight], -1)
 
 
 def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: ConvexLoss, compiled: bool = False) -> Tensor:
@@ -79,22 +89,6 @@ def _chunks(tokens: int, vocabulary: int) -> Iterator[tuple[slice, float]]:
     for first, end in pairwise(ends):
         if end > first:
             yield slice(first, end), (end - first) / tokens
-
-
-def _derivatives(
-    x: Tensor, weight: Tensor, targets: Tensor, changes: Sequence[Change], loss: ConvexLoss, expansion: Expansion,
-    share: float,
-) -> tuple[Tensor, list[Derivative]]:  # fmt: skip
-    """Of one chunk, which is that `share` of all tokens."""
-    z = F.linear(x, weight)
-    found = []
-    for dx, dweight in changes:
-        v = linear(x, weight, dx, dweight)
-        value, u = expansion(z, targets, torch.zeros_like(z) if v is None else v)
-        u = (u * share).to(z.dtype)
-        features = None if dx is None else u @ weight
-        found.append(Derivative(value * share, features, None if dweight is None else u.mT @ x))
-    return loss.value(z, targets) * share, found
 
 
 def _value(x: Tensor, weight: Tensor, targets: Tensor, loss: ConvexLoss) -> Tensor:

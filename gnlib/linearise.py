@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gnlib import head, tangents
 from gnlib.head import Expansion
-from gnlib.losses import ConvexLoss
 from gnlib.model import Block, Decoder
 
 Parameters = Mapping[str, Tensor]
@@ -65,19 +64,19 @@ class Linearisation:
         return dict(zip(names, gradients, strict=True))
 
     def derivatives(
-        self, deltas: Sequence[Parameters], targets: Tensor, loss: ConvexLoss, expansion: Expansion
+        self, deltas: Sequence[Parameters], targets: Tensor, expansion: Expansion
     ) -> tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]]]:
         """L at the outputs z and, for each delta, the expansion's value at v = J delta and its gradient in delta.
 
-        delta -> v = J delta -> (value, u) = expansion(z, targets, v) -> J^T u. Ends the life of the graph.
+        delta -> v = J delta -> u of the expansion at (z, targets, v) -> J^T u. Ends the life of the graph.
         """
         z = self.outputs.detach()
         found = []
         for index, delta in enumerate(deltas):
-            value, cotangent = expansion(z, targets, self.tangent(delta))
+            loss, value, cotangent = expansion(z, targets, self.tangent(delta))
             keep = index + 1 < len(deltas)
             found.append((value, self._gradients(self.outputs, cotangent, list(delta), keep)))
-        return loss.value(z, targets), found
+        return loss, found
 
     def forward_units(self, names: Sequence[str]) -> float:
         """Matmul cost of one tangent and one pullback for these parameters, in forward passes."""
@@ -127,7 +126,7 @@ class DecoderLinearisation(Linearisation):
         return tangents.rms_norm(self.last, model.final_norm.weight, dx, delta.get("final_norm.weight"))
 
     def derivatives(
-        self, deltas: Sequence[Parameters], targets: Tensor, loss: ConvexLoss, expansion: Expansion
+        self, deltas: Sequence[Parameters], targets: Tensor, expansion: Expansion
     ) -> tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]]]:
         """As of any model, with the head and the loss in chunks of tokens (`gnlib.head`) that all deltas share."""
         changes = []
@@ -136,7 +135,7 @@ class DecoderLinearisation(Linearisation):
             changes.append(head.Change(None if dx is None else dx.flatten(0, -2), delta.get("head.weight")))
         with torch.no_grad():
             x, weight = self.features.flatten(0, -2), self.model.head.weight
-            total, parts = head.derivatives(x, weight, targets.flatten(), changes, loss, expansion, self.compiled)
+            total, parts = head.derivatives(x, weight, targets.flatten(), changes, expansion)
         found = []
         for index, (delta, part) in enumerate(zip(deltas, parts, strict=True)):
             gradients = {}
@@ -167,4 +166,5 @@ class DecoderLinearisation(Linearisation):
 @cache
 def _compiled(rule: Callable[..., Any]) -> Callable[..., Any]:
     """One compilation serves all blocks, whose shapes are equal."""
+    torch._functorch.config.donated_buffer = False  # several pullbacks may go through one graph
     return torch.compile(rule)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gnlib import head
 from gnlib.config import MethodConfig
 from gnlib.linearise import Parameters, linearise
-from gnlib.losses import ConvexLoss
+from gnlib.losses import ConvexLoss, CrossEntropy
 from gnlib.model import Decoder
 
 
@@ -68,8 +68,8 @@ class LinearisedObjective:
     def __init__(self, loss: ConvexLoss, ridge: float = 0.0, compiled: bool = False) -> None:
         self.loss, self.ridge, self.compiled = loss, ridge, compiled
 
-    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The subproblem's value at output tangent v, and its derivative in v (the cotangent)."""
+    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L(z), the subproblem's value at output tangent v, and its derivative in v (the cotangent)."""
         raise NotImplementedError
 
     def evaluate(
@@ -78,7 +78,7 @@ class LinearisedObjective:
         here = linearise(model, inputs, self.compiled)
         anchor = dict(model.named_parameters())
         deltas = [_difference(point, anchor) for point in points]
-        loss, found = here.derivatives(deltas, targets, self.loss, self.expand)
+        loss, found = here.derivatives(deltas, targets, self.expand)
         units = [here.forward_units(list(delta)) for delta in deltas]
         units[0] += 1.0  # the shared primal
         pairs = [self._with_ridge(delta, *pair) for delta, pair in zip(deltas, found, strict=True)]
@@ -102,18 +102,31 @@ def _difference(point: Parameters, anchor: Parameters) -> dict[str, Tensor]:
 class GaussNewton(LinearisedObjective):
     """L(z) + g.v + 1/2 v.Hv: minimised by theta_t - G^(-1) grad, G = J^T H J."""
 
-    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        g, hv = self.loss.gradient(z, y), self.loss.hessian_product(z, y, v)
-        # by rows first: the compiler then needs no second pass over [tokens, vocabulary]
-        return self.loss.value(z, y) + ((g + 0.5 * hv) * v).sum(-1).sum(), g + hv
+    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if _has_kernel(self.loss, z):
+            return cross_entropy_expansion(z, y, v, prox=False)
+        loss, g, hv = self.loss.value(z, y), self.loss.gradient(z, y), self.loss.hessian_product(z, y, v)
+        return loss, loss + ((g + 0.5 * hv) * v).sum(), g + hv
 
 
 class ProxLinear(LinearisedObjective):
     """L(z + v, y): the linearised model under the whole loss, with its higher-order terms."""
 
-    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if _has_kernel(self.loss, z):
+            return cross_entropy_expansion(z, y, v, prox=True)
         outputs = z.to(torch.promote_types(z.dtype, torch.float32)) + v
-        return self.loss.value(outputs, y), self.loss.gradient(outputs, y)
+        return self.loss.value(z, y), self.loss.value(outputs, y), self.loss.gradient(outputs, y)
+
+
+def _has_kernel(loss: ConvexLoss, z: Tensor) -> bool:
+    return z.is_cuda and z.ndim == 2 and z.dtype != torch.float64 and isinstance(loss, CrossEntropy)
+
+
+def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from gnlib import kernels  # needs Triton
+
+    return kernels.cross_entropy_expansion(z, y, v, prox)
 
 
 @torch.no_grad()

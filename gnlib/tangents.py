@@ -67,10 +67,10 @@ def attention(heads: Heads, dheads: Heads, y: Tensor) -> Tensor:
     """S = q k^T / sqrt K, P = softmax(S), y = P v  ->  dy = dP v + P dv.
 
     dP = P (dS - rowsum(P dS)) with dS = (dq k^T + q dk^T) / sqrt K. All [B, H, S, K]. On a GPU in bf16 or TF32 by
-    `gnlib.flash`, without a tensor of S x S.
+    `gnlib.kernels`, without a tensor of S x S.
     """
     if heads[0].is_cuda and (heads[0].dtype == torch.bfloat16 or (heads[0].dtype == torch.float32 and _tf32())):
-        from gnlib.flash import attention_tangent  # needs Triton
+        from gnlib.kernels import attention_tangent  # needs Triton
 
         return attention_tangent(heads, dheads, y)
     return dense_attention(heads, dheads)

@@ -1,11 +1,15 @@
-"""The tangent of causal attention on a GPU without an S x S tensor, as one Triton kernel.
+"""Triton kernels for a GPU: the tangent of causal attention, and the loss with its expansion over logits.
 
-With S = q k^T / sqrt K, P = softmax(S), y = P v and dS = (dq k^T + q dk^T) / sqrt K,
+Attention, without an S x S tensor: with S = q k^T / sqrt K, P = softmax(S), y = P v, dS = (dq k^T + q dk^T) / sqrt K,
 
     dy = (P * dS) v + P dv - rowsum(P * dS) y,
 
 so that one sweep over the keys with a running maximum, as in flash attention (arXiv 2205.14135), accumulates all of it:
 five products of a tile where the forward has two. `gnlib.tangents.dense_attention` is the same in plain PyTorch.
+
+Cross-entropy, in two sweeps over a row of logits, the second out of the cache: `gnlib.objective` has the same in plain
+PyTorch, whose compiled form reads and writes the logits four times as long.
+
 Triton comes with the CUDA builds of torch; this module is imported where a GPU runs.
 """
 
@@ -106,7 +110,74 @@ def attention_tangent(
     strides = [stride for t in (*tensors, dy) for stride in t.stride()[:3]]
     _tangent[(triton.cdiv(length, rows), sequences * count)](
         *tensors, dy, *strides, count, length,
-        SCALE=features**-0.5, HEAD=features, FEATURES=max(16, triton.next_power_of_2(features)), ROWS=rows, COLUMNS=columns,
-        PRECISION="tf32", num_warps=warps, num_stages=stages,
+        SCALE=features**-0.5, HEAD=features, FEATURES=max(16, triton.next_power_of_2(features)),
+        ROWS=rows, COLUMNS=columns, PRECISION="tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dy
+
+
+@triton.jit
+def _expansion(
+    Z, V, Y, LOSS, VALUE, z_row, v_row, vocabulary, count, PROX: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """One token: its loss, the value at v and the cotangent, which takes the place of v."""
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * z_row
+    V += row * v_row
+    lanes = tl.arange(0, COLUMNS)
+    top, top_moved = float("-inf"), float("-inf")  # running maxima of z and z + v
+    total = tl.zeros([COLUMNS], tl.float32)  # sums of exp(z - top), of it times v, of it times v^2
+    first = tl.zeros([COLUMNS], tl.float32)
+    second = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, vocabulary, COLUMNS):
+        inside = start + lanes < vocabulary
+        z = tl.load(Z + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+        v = tl.load(V + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(z, 0))
+        shrink, e = tl.exp(top - new_top), tl.exp(z - new_top)
+        total = total * shrink + e
+        top = new_top
+        if PROX:  # `first` sums exp(z + v - top_moved)
+            new_moved = tl.maximum(top_moved, tl.max(z + v, 0))
+            first = first * tl.exp(top_moved - new_moved) + tl.exp(z + v - new_moved)
+            top_moved = new_moved
+        else:
+            first = first * shrink + e * v
+            second = second * shrink + e * v * v
+    chosen = tl.load(Y + row)
+    z_chosen = tl.load(Z + chosen).to(tl.float32)
+    v_chosen = tl.load(V + chosen).to(tl.float32)
+    normaliser = top + tl.log(tl.sum(total, 0))
+    loss = normaliser - z_chosen
+    if PROX:
+        normaliser = top_moved + tl.log(tl.sum(first, 0))
+        mean = 0.0
+        value = normaliser - z_chosen - v_chosen
+    else:
+        mean = tl.sum(first, 0) / tl.sum(total, 0)  # p.v
+        value = loss + mean - v_chosen + 0.5 * (tl.sum(second, 0) / tl.sum(total, 0) - mean * mean)
+    tl.store(LOSS + row, loss)
+    tl.store(VALUE + row, value)
+    tl.debug_barrier()  # v[chosen] is read before it is overwritten
+    for start in range(0, vocabulary, COLUMNS):
+        inside = start + lanes < vocabulary
+        z = tl.load(Z + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+        v = tl.load(V + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        u = tl.exp(z + v - normaliser) if PROX else tl.exp(z - normaliser) * (1.0 + v - mean)
+        u = tl.where(start + lanes == chosen, u - 1.0, u) / count
+        tl.store(V + start + lanes, u.to(V.dtype.element_ty), mask=inside)
+
+
+def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(L(z), the subproblem's value at v, its derivative in v), means over the n rows; overwrites v with the last.
+
+    z, v [n, V] contiguous in V, y [n]; `prox` keeps the whole loss (GN-prox-linear), else its quadratic model (GN).
+    """
+    n, vocabulary = z.shape
+    loss, value = torch.empty(2, n, dtype=torch.float32, device=z.device)
+    columns = min(8192, triton.next_power_of_2(vocabulary))
+    _expansion[(n,)](
+        z, v, y, loss, value, z.stride(0), v.stride(0), vocabulary, n,
+        PROX=prox, COLUMNS=columns, num_warps=max(4, columns // 512),
+    )  # fmt: skip
+    return loss.mean(), value.mean(), v
