@@ -70,6 +70,10 @@ class Profile:
     then is censored."""
     methods: dict[str, Changes] = field(default_factory=dict)
     """What single methods have beyond that."""
+    batches: tuple[int, ...] = ()
+    """Outer batches of the studies over batch size, sequences; powers of 4 apart, `base`'s outer batch among them."""
+    budget: int = 0
+    """Training sequences of a run at a fixed budget; a multiple of every batch."""
     shows_claims: bool = True
     """Whether notebooks assert the claims on it; too small a model cannot show them."""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -105,6 +109,8 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 6, "method.inner.warmup": 1},
             target=3.75,
             most_steps=(3, 6),
+            batches=(16, 64),
+            budget=128,
             shows_claims=False,
             seeds=(1,),
         ),
@@ -121,6 +127,8 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 32, "method.inner.warmup": 3, "compute.micro_batch": 32},
             target=4.05,
             most_steps=(5, 64),
+            batches=(32, 128, 512, 2048, 8192),
+            budget=16384,
             methods={
                 "muon": {"method.inner.lr": 0.1, "method.inner.adam_lr": 0.02},
                 "soap": {"method.inner.lr": 0.01, "method.inner.options": {"precondition_frequency": 1}},
@@ -153,6 +161,8 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 48, "method.inner.warmup": 8, "compute.micro_batch": 256},
             target=4.1,
             most_steps=(12, 64),
+            batches=(256, 1024, 4096, 16384, 65536),
+            budget=131072,
             methods={
                 "muon": {"method.inner.lr": 0.04, "method.inner.adam_lr": 0.02},
                 "soap": {"method.inner.lr": 0.01, "method.inner.options": {"precondition_frequency": 1}},
@@ -180,6 +190,8 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 300, "method.inner.warmup": 20},
             target=3.6,
             most_steps=(50, 300),
+            batches=(256, 1024, 4096, 16384),
+            budget=262144,
         ),
         Profile(
             "paper-150m",
@@ -202,6 +214,8 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 900, "method.inner.warmup": 50},
             target=3.25,
             most_steps=(60, 900),
+            batches=(1920, 7680, 30720, 122880),
+            budget=2949120,
         ),
     )
 }
