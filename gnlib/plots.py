@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from gnlib.config import ConfigError
 from gnlib.files import home, replacing
 from gnlib.profiles import METHODS
+from gnlib.variants import VARIANTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,9 +21,13 @@ AXES = {
     "outer_step": "Outer step",
     "tokens": "Tokens processed, line search included",
     "flops": "Matrix-product FLOPs",
+    "gradients": "Sequential gradient evaluations",
     "wall_s": "Seconds",
 }
 WIDTH = 5.5  # inches: one column
+LOSS = "Validation loss (nats per token)"
+
+Style = dict[str, Any]  # keyword arguments of Axes.plot
 
 
 def colours() -> dict[str, tuple[float, float, float]]:
@@ -29,33 +37,124 @@ def colours() -> dict[str, tuple[float, float, float]]:
     return dict(zip((method.label for method in METHODS.values()), sns.color_palette("colorblind"), strict=False))
 
 
-def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", title: str = "") -> Figure:
-    """Validation loss against `axis` (a key of AXES), one line a method, seeds as a band from lowest to highest."""
+def styles() -> dict[str, Style]:
+    """Label of a method or variant -> its line everywhere.
+
+    A variant of Gauss-Newton has one of the palette's other colours and, from the second round on, other dashes; one of
+    another method has that method's colour, dashed.
+    """
+    import seaborn as sns
+
+    own = colours()
+    found: dict[str, Style] = {name: {"color": colour, "linestyle": "-"} for name, colour in own.items()}
+    spare, dashes = sns.color_palette("colorblind")[6:], ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+    rank = 0
+    for variant in VARIANTS.values():
+        if variant.base == "gauss_newton":
+            found[variant.label] = {"color": spare[rank % len(spare)], "linestyle": dashes[rank // len(spare)]}
+            rank += 1
+        else:
+            found[variant.label] = {"color": own[METHODS[variant.base].label], "linestyle": dashes[1]}
+    return found
+
+
+@contextmanager
+def _figure(title: str, note: str, height: float = 3.7) -> Iterator[tuple[Figure, Axes]]:
+    """One panel in the house style, with the legend of what is labelled in it below."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
-        figure, axes = plt.subplots(figsize=(WIDTH, 3.7), layout="constrained")
-        order = [name for name in colours() if name in set(curves["method"])]
-        for name in order:
-            _band(axes, curves[curves["method"] == name], axis, name)
-        axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
-        axes.text(0.99, target, f"target {target:g}", ha="right", va="bottom", transform=axes.get_yaxis_transform())
-        n = curves.groupby("method")["seed"].nunique().max()
-        note = "1 seed" if n == 1 else f"mean of {n} seeds, band: lowest to highest"
-        axes.set(xlabel=AXES[axis], ylabel="Validation loss (nats per token)")
+        figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+        yield figure, axes
         axes.set_title(f"{title}\n{note}", fontsize="medium")
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     plt.close(figure)  # the notebook shows the returned figure once
+
+
+def _order(labels: Sequence[str]) -> list[str]:
+    return [name for name in styles() if name in set(labels)] + [name for name in labels if name not in styles()]
+
+
+def _seeds(frame: pd.DataFrame) -> str:
+    n = frame.groupby("method")["seed"].nunique().max()
+    return "1 seed" if n == 1 else f"mean of {n} seeds, band: lowest to highest"
+
+
+def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", title: str = "") -> Figure:
+    """Validation loss against `axis` (a key of AXES), one line a method, seeds as a band from lowest to highest."""
+    if axis not in AXES:
+        raise ConfigError(f"axis: no axis {axis!r}; allowed: {', '.join(AXES)}")
+    with _figure(title, _seeds(curves)) as (figure, axes):
+        for name in _order(list(curves["method"].unique())):
+            by_step = curves[curves["method"] == name].groupby("outer_step")
+            _band(axes, by_step[axis].mean(), by_step["val_loss"], name)
+        axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
+        axes.text(0.99, target, f"target {target:g}", ha="right", va="bottom", transform=axes.get_yaxis_transform())
+        axes.set(xlabel=AXES[axis], ylabel=LOSS)
     return figure
 
 
-def _band(axes: Axes, frame: pd.DataFrame, axis: str, name: str) -> None:
-    """Mean over the seeds that got as far; a run that ended early leaves the band."""
-    by_step = frame.groupby("outer_step")
-    x, loss = by_step[axis].mean(), by_step["val_loss"]
-    axes.plot(x, loss.mean(), color=colours()[name], label=name, marker="o", markersize=2.5, linewidth=1.2)
-    axes.fill_between(x, loss.min(), loss.max(), color=colours()[name], alpha=0.2, linewidth=0)
+def _band(axes: Axes, x: Any, values: Any, name: str) -> None:
+    """Mean over the seeds that got as far; a run that ended early leaves the band. `values` are grouped by x."""
+    style = styles().get(name, {})
+    (line,) = axes.plot(x, values.mean(), label=name, marker="o", markersize=2.5, linewidth=1.2, **style)
+    axes.fill_between(x, values.min(), values.max(), color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def steps_by_batch(steps: pd.DataFrame, title: str = "", scaling: bool = True) -> Figure:
+    """Steps to the target against the outer batch (`results.steps_to_target`), both logarithmic.
+
+    With `scaling`, a dotted line a method: perfect linear scaling from its smallest batch. Open triangles are lower
+    bounds, from batches at which a run ended above the target.
+    """
+    with _figure(title, _seeds(steps), height=4.0) as (figure, axes):
+        for name in _order(list(steps["method"].unique())):
+            own = steps[steps["method"] == name]
+            by_batch = own.groupby("batch")
+            batches, mean = sorted(own["batch"].unique()), by_batch["steps"].mean()
+            _band(axes, batches, by_batch["steps"], name)
+            colour = axes.lines[-1].get_color()
+            bounds = [batch for batch in batches if by_batch["censored"].any()[batch]]
+            axes.plot(bounds, mean[bounds], "^", color=colour, markersize=7, fillstyle="none")
+            if scaling:
+                ideal = [mean[batches[0]] * batches[0] / batch for batch in batches]
+                axes.plot(batches, ideal, color=colour, linewidth=0.8, linestyle=":")
+        axes.set(xscale="log", yscale="log", xlabel="Outer batch (tokens)", ylabel="Outer steps to the target")
+        axes.set_ylim(bottom=0.8 * steps["steps"].min())
+    return figure
+
+
+def loss_by_batch(losses: pd.DataFrame, title: str = "") -> Figure:
+    """Final validation loss against the outer batch (`results.steps_to_target`), at a fixed token budget."""
+    with _figure(title, _seeds(losses)) as (figure, axes):
+        for name in _order(list(losses["method"].unique())):
+            by_batch = losses[losses["method"] == name].groupby("batch")["final_loss"]
+            _band(axes, by_batch.mean().index, by_batch, name)
+        axes.set(xscale="log", xlabel="Outer batch (tokens)", ylabel=LOSS)
+    return figure
+
+
+def sweeps(trials: pd.DataFrame, title: str = "") -> Figure:
+    """Score against learning rate (`tables.trials`), one line an entry, over the score of the entry's best trial."""
+    with _figure(title, "best of the trials at each rate", height=4.2) as (figure, axes):
+        for name, own in trials.groupby("entry", sort=False):
+            best = own.groupby("lr")["excess"].min().dropna()
+            style = styles()[own["method"].iloc[0]]
+            axes.plot(best.index, best, marker="o", markersize=2.5, linewidth=1.2, label=name, **style)
+        axes.set(xscale="log", xlabel="Learning rate", ylabel="Score / that of the tuned setting")
+    return figure
+
+
+def rates_by_batch(trials: pd.DataFrame, title: str = "") -> Figure:
+    """The tuned learning rate of each method against the outer batch, both logarithmic."""
+    best = trials.loc[trials.groupby("entry")["score"].idxmin()].sort_values("batch")
+    with _figure(title, "of the best trial") as (figure, axes):
+        for name in _order(list(best["method"].unique())):
+            own = best[best["method"] == name]
+            axes.plot(own["batch"], own["lr"], marker="o", markersize=3, linewidth=1.2, label=name, **styles()[name])
+        axes.set(xscale="log", yscale="log", xlabel="Outer batch (sequences)", ylabel="Tuned learning rate")
+    return figure
 
 
 def save(figure: Figure, table: pd.DataFrame, profile: str, stem: str) -> Path:

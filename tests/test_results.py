@@ -170,7 +170,7 @@ def test_groups_are_in_the_order_of_the_methods_with_seeds_ascending() -> None:
 
 def test_curves_have_one_row_an_evaluation_with_all_columns_of_the_record() -> None:
     frame = curves([made("gauss_newton", [5.0, 4.5, None], status="diverged"), made("adamw", [5.0, 4.0], seed=2)])
-    names = ["method", "batch", "seed", "status", "run", *Row.__annotations__, "tokens"]
+    names = ["method", "batch", "seed", "status", "run", *Row.__annotations__, "tokens", "gradients"]
     assert list(frame.columns) == names and len(frame) == 5
     assert frame["method"].tolist() == ["GN"] * 3 + ["AdamW"] * 2
     assert frame["status"].tolist() == ["diverged"] * 3 + ["finished"] * 2
