@@ -47,8 +47,8 @@ class CriticalBatch:
         if math.isnan(self.mean):
             return "-"
         if self.bound or self.n == 1:
-            return f"{self.bound} {_thousands(self.mean)}".strip()
-        return f"{_thousands(self.mean)} ({_thousands(self.low)} to {_thousands(self.high)})"
+            return f"{self.bound} {_tokens(self.mean)}".strip()
+        return f"{_tokens(self.mean)} ({_tokens(self.low)} to {_tokens(self.high)})"
 
 
 def critical_batch(steps: Mapping[int, Crossing]) -> tuple[float, str]:
@@ -116,10 +116,12 @@ def table(records: Sequence[Record], target: float) -> pd.DataFrame:
             "n": len({record.config.seed for record in runs}),
             "B* (tokens)": str(critical(runs, target)),
             "floor a (steps)": "-" if math.isnan(floor) else f"{floor:.1f}",
-            "c / a (tokens)": "-" if math.isnan(scale) else _thousands(scale),
+            "c / a (tokens)": "-" if math.isnan(scale) else _tokens(scale),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _thousands(tokens: float) -> str:
-    return "no floor" if math.isinf(tokens) else f"{tokens / 1000:.3g} k"
+def _tokens(tokens: float) -> str:
+    if math.isinf(tokens):
+        return "no floor"
+    return f"{tokens / 1e6:.3g} M" if tokens >= 1e6 else f"{tokens / 1e3:.3g} k"

@@ -95,43 +95,44 @@ def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", t
     return figure
 
 
-def _band(axes: Axes, x: Any, values: Any, name: str) -> None:
-    """Mean over the seeds that got as far; a run that ended early leaves the band. `values` are grouped by x."""
+def _band(axes: Axes, x: Any, values: Any, name: str) -> Any:
+    """Mean over the seeds that got as far; a run that ended early leaves the band. Returns the line's colour.
+
+    `values` are grouped, and `x` has one number a group.
+    """
     style = styles().get(name, {})
     (line,) = axes.plot(x, values.mean(), label=name, marker="o", markersize=2.5, linewidth=1.2, **style)
     axes.fill_between(x, values.min(), values.max(), color=line.get_color(), alpha=0.2, linewidth=0)
+    return line.get_color()
 
 
-def steps_by_batch(steps: pd.DataFrame, title: str = "", scaling: bool = True) -> Figure:
-    """Steps to the target against the outer batch (`results.steps_to_target`), both logarithmic.
+def cost_by_batch(reached: pd.DataFrame, axis: str = "outer_step", title: str = "") -> Figure:
+    """Cost of the target on `axis` against the outer batch (`results.steps_to_target`), both logarithmic.
 
-    With `scaling`, a dotted line a method: perfect linear scaling from its smallest batch. Open triangles are lower
-    bounds, from batches at which a run ended above the target.
+    Dotted, for outer steps: perfect linear scaling from each method's smallest batch. Open triangles are lower bounds,
+    from batches at which a run ended above the target.
     """
-    with _figure(title, _seeds(steps), height=4.0) as (figure, axes):
-        for name in _order(list(steps["method"].unique())):
-            own = steps[steps["method"] == name]
-            by_batch = own.groupby("batch")
-            batches, mean = sorted(own["batch"].unique()), by_batch["steps"].mean()
-            _band(axes, batches, by_batch["steps"], name)
-            colour = axes.lines[-1].get_color()
-            bounds = [batch for batch in batches if by_batch["censored"].any()[batch]]
-            axes.plot(bounds, mean[bounds], "^", color=colour, markersize=7, fillstyle="none")
-            if scaling:
-                ideal = [mean[batches[0]] * batches[0] / batch for batch in batches]
-                axes.plot(batches, ideal, color=colour, linewidth=0.8, linestyle=":")
-        axes.set(xscale="log", yscale="log", xlabel="Outer batch (tokens)", ylabel="Outer steps to the target")
-        axes.set_ylim(bottom=0.8 * steps["steps"].min())
+    with _figure(title, _seeds(reached), height=4.0) as (figure, axes):
+        for name in _order(list(reached["method"].unique())):
+            by_batch = reached[reached["method"] == name].groupby("batch")
+            mean, bounds = by_batch[axis].mean(), by_batch["censored"].any()
+            colour = _band(axes, mean.index, by_batch[axis], name)
+            axes.plot(mean[bounds], "^", color=colour, markersize=7, fillstyle="none")
+            if axis == "outer_step":
+                axes.plot(mean.index, mean.iloc[0] * mean.index[0] / mean.index, color=colour, lw=0.8, linestyle=":")
+        axes.set(xscale="log", yscale="log", xlabel="Outer batch (tokens)", ylabel=f"{AXES[axis]}, to the target")
+        axes.set_ylim(bottom=0.7 * reached[axis].min())
     return figure
 
 
-def loss_by_batch(losses: pd.DataFrame, title: str = "") -> Figure:
-    """Final validation loss against the outer batch (`results.steps_to_target`), at a fixed token budget."""
-    with _figure(title, _seeds(losses)) as (figure, axes):
-        for name in _order(list(losses["method"].unique())):
-            by_batch = losses[losses["method"] == name].groupby("batch")["final_loss"]
-            _band(axes, by_batch.mean().index, by_batch, name)
-        axes.set(xscale="log", xlabel="Outer batch (tokens)", ylabel=LOSS)
+def loss_by_batch(ends: pd.DataFrame, axis: str = "batch", title: str = "") -> Figure:
+    """Final validation loss (`results.ends`) against the outer batch, or against what the runs cost on another axis."""
+    with _figure(title, _seeds(ends)) as (figure, axes):
+        for name in _order(list(ends["method"].unique())):
+            own = ends[ends["method"] == name]
+            by_batch = own.groupby("batch")
+            _band(axes, own[axis].groupby(own["batch"]).mean(), by_batch["final_loss"], name)
+        axes.set(xscale="log", xlabel="Outer batch (tokens)" if axis == "batch" else AXES[axis], ylabel=LOSS)
     return figure
 
 

@@ -88,15 +88,27 @@ def value_at(record: Record, step: float, value: Callable[[Row], float | None]) 
 
 
 def steps_to_target(records: Sequence[Record], target: float) -> pd.DataFrame:
-    """One row per run: steps and tokens to the target, whether censored, the final loss."""
+    """One row per run: steps and tokens to the target and the other axes there, whether censored, the final loss."""
     import pandas as pd
 
     rows = []
     for record in records:
         reached = crossing(record, target)
-        final = record.rows[-1]["val_loss"]
-        rows.append(_identity(record) | vars(reached) | {"final_loss": math.nan if final is None else final})
+        there = {
+            axis: value_at(record, reached.steps, lambda row, r=record, a=axis: axis_values(r, row)[a])  # type: ignore[misc]
+            for axis in axis_values(record, record.rows[0])
+        }
+        rows.append(_identity(record) | vars(reached) | there | {"final_loss": final_loss(record)})
     return pd.DataFrame(rows)
+
+
+def ends(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per run: its last values on every axis and its final loss."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [_identity(r) | axis_values(r, r.rows[-1]) | {"final_loss": final_loss(r)} for r in records]
+    )
 
 
 def _identity(record: Record) -> dict[str, object]:

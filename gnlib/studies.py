@@ -10,7 +10,7 @@ from gnlib.config import ConfigError, RunConfig
 from gnlib.profiles import METHODS, find_profile
 from gnlib.record import Record
 from gnlib.study import find, run_study
-from gnlib.variants import Setting, find_setting, home_batch, key, setting_config
+from gnlib.variants import Setting, find_setting, home_batch, key, setting_config, tunable
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ def labelled(runs: Sequence[Run], records: Sequence[Record]) -> list[Record]:
     return list(records)
 
 
-def tuned_settings(name: str, profile: str) -> dict[str, Setting]:
-    """What a study has to be tuned for: tuned.json's key -> setting."""
+def tuned_settings(name: str, profile: str, methods: Sequence[str] | None = None) -> dict[str, Setting]:
+    """What a study (some of its methods) has to be tuned for: tuned.json's key -> setting."""
     study = find_study(name)
     settings: dict[str, Setting] = {}
-    for setting in study.settings(profile, study.methods):
-        settings.setdefault(key(profile, setting), setting)
+    for setting in study.settings(profile, methods or study.methods):
+        settings.setdefault(key(profile, setting), tunable(setting))
     return settings

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gnlib.profiles import tuning
 from gnlib.record import Record
-from gnlib.results import Estimate, axis_values, by_method, crossing, estimate, final_loss, value_at
+from gnlib.results import Estimate, by_method, crossing, estimate, final_loss, steps_to_target
 from gnlib.variants import Setting, home_batch, key
 
 if TYPE_CHECKING:
@@ -29,17 +29,12 @@ def costs(records: Sequence[Record], target: float) -> pd.DataFrame:
     """Per method: what reaching the target takes on every axis but time, mean and interval over the seeds."""
     import pandas as pd
 
-    rows = {
-        name: {title: str(_cost(runs, target, axis, unit)) for title, (axis, unit) in _COSTS.items()}
-        for name, runs in by_method(records).items()
-    }
+    frame, rows = steps_to_target(records, target), {}
+    for name in by_method(records):
+        own = frame[frame["method"] == name]
+        censored = list(own["censored"])
+        rows[name] = {title: str(estimate(list(own[axis] / unit), censored)) for title, (axis, unit) in _COSTS.items()}
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _cost(records: Sequence[Record], target: float, axis: str, unit: float) -> Estimate:
-    reached = [(record, crossing(record, target)) for record in records]
-    values = [value_at(record, c.steps, lambda row, r=record: axis_values(r, row)[axis]) for record, c in reached]  # type: ignore[misc]
-    return estimate([value / unit for value in values], [c.censored for _, c in reached])
 
 
 def by_batch(
@@ -64,6 +59,13 @@ def mean_steps(target: float) -> Callable[[Sequence[Record]], Estimate]:
         return estimate([c.steps for c in reached], [c.censored for c in reached])
 
     return measure
+
+
+def rates(records: Sequence[Record]) -> str:
+    """Learning rates (for Muon, that of the AdamW part second) and run length."""
+    inner, steps = records[0].config.method.inner, records[0].config.outer_steps
+    beside = f" / {inner.adam_lr:.3g}" if inner.optimizer == "muon" and inner.adam_lr else ""
+    return f"{inner.lr:.3g}{beside}, {steps} steps"
 
 
 def mean_loss(records: Sequence[Record]) -> Estimate:

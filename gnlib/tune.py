@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gnlib.config import ConfigError, RunConfig
 from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
 from gnlib.files import exclusive, replacing
-from gnlib.profiles import Changes, find_profile, records_folder
+from gnlib.profiles import Changes, find_profile, records_folder, tuning
 from gnlib.record import Record
 from gnlib.results import crossing
 from gnlib.study import StudyError, find, run_study
-from gnlib.variants import VARIANTS, Setting, find_setting, key, most_steps, setting_config
+from gnlib.variants import Setting, find_setting, key, most_steps, setting_config, tunable
 
 SEED = 0  # never one of the seeds that results are reported on
 WARMUPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -90,7 +91,7 @@ def tune(
     """
     setting = find_setting(method) if isinstance(method, str) else method
     name = key(profile, setting)
-    if setting.name in VARIANTS and not VARIANTS[setting.name].tuned:
+    if tunable(setting) != setting:
         raise ConfigError(f"method: {setting.name} runs with the settings of {setting.base}, tune that")
     command = command_for(profile, setting)
     axes = axes_of(profile, setting)
@@ -119,6 +120,16 @@ def tune(
     entry = _entry(axes, trials, best, interior)
     _merge(profile, name, entry)
     return entry
+
+
+def ensure_tuned(profile: str, settings: Sequence[Setting], allow_run: bool) -> None:
+    """Tune what tuned.json lacks; StudyError naming the first command if that is not allowed, as where $CI is set."""
+    missing = [setting for setting in settings if not tuning(profile, key(profile, setting))]
+    if missing and (not allow_run or os.environ.get("CI")):
+        what = f"{len(missing)} of {len(settings)} settings are not tuned"
+        raise StudyError(f"{what}; run: {command_for(profile, missing[0])}")
+    for setting in missing:
+        tune(profile, setting)
 
 
 def command_for(profile: str, setting: Setting) -> str:

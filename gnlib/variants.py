@@ -116,10 +116,15 @@ def home_batch(profile: str) -> int:
     return int(find_profile(profile).base.get("outer_batch", RunConfig().outer_batch))
 
 
-def key(profile: str, setting: Setting) -> str:
-    """The name in tuned.json of the entry whose settings it runs with."""
+def tunable(setting: Setting) -> Setting:
+    """The setting whose tuned entry it runs with: itself, or that of its base."""
     variant = VARIANTS.get(setting.name)
-    name = setting.name if variant is None or variant.tuned else variant.base
+    return setting if variant is None or variant.tuned else replace(setting, name=variant.base)
+
+
+def key(profile: str, setting: Setting) -> str:
+    """The name of that entry in tuned.json."""
+    name = tunable(setting).name
     if setting.at_home(profile):
         return name
     return f"{name}@{setting.batch or home_batch(profile)}{':budget' if setting.budget else ''}"
@@ -132,12 +137,12 @@ def setting_config(
     variant = VARIANTS.get(setting.name)
     if variant is None and setting.at_home(profile):
         return run_config(profile, setting.name, seed, changes, use_tuned)
-    if variant is not None and not variant.tuned:
-        start = setting_config(profile, replace(setting, name=variant.base), seed)
-        own: Changes = {}
+    own: Changes = {}
+    if tunable(setting) != setting:
+        start = setting_config(profile, tunable(setting), seed)
     else:
         start = scaled(profile, run_config(profile, setting.base, seed), setting)
-        own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else {}
+        own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else own
     return start.replace(_varied(start, variant), _ending(profile, setting), own, changes or {})
 
 
