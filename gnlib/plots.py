@@ -15,6 +15,7 @@ from gnlib.variants import VARIANTS
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 AXES = {
@@ -38,23 +39,16 @@ def colours() -> dict[str, tuple[float, float, float]]:
 
 
 def styles() -> dict[str, Style]:
-    """Label of a method or variant -> its line everywhere.
-
-    A variant of Gauss-Newton has one of the palette's other colours and, from the second round on, other dashes; one of
-    another method has that method's colour, dashed.
-    """
+    """Label of a method or variant -> its line everywhere (`variants.Variant.line`)."""
     import seaborn as sns
 
-    own = colours()
-    found: dict[str, Style] = {name: {"color": colour, "linestyle": "-"} for name, colour in own.items()}
-    spare, dashes = sns.color_palette("colorblind")[6:], ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
-    rank = 0
+    own, spare = colours(), sns.color_palette("colorblind")[6:]
+    dashes = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+    found: dict[str, Style] = {name: {"color": colour, "linestyle": dashes[0]} for name, colour in own.items()}
     for variant in VARIANTS.values():
-        if variant.base == "gauss_newton":
-            found[variant.label] = {"color": spare[rank % len(spare)], "linestyle": dashes[rank // len(spare)]}
-            rank += 1
-        else:
-            found[variant.label] = {"color": own[METHODS[variant.base].label], "linestyle": dashes[1]}
+        colour, dash = variant.line
+        chosen = spare[colour] if isinstance(colour, int) else own[METHODS[colour or variant.base].label]
+        found[variant.label] = {"color": chosen, "linestyle": dashes[dash]}
     return found
 
 
@@ -90,7 +84,7 @@ def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", t
             by_step = curves[curves["method"] == name].groupby("outer_step")
             _band(axes, by_step[axis].mean(), by_step["val_loss"], name)
         axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
-        axes.text(0.99, target, f"target {target:g}", ha="right", va="bottom", transform=axes.get_yaxis_transform())
+        axes.text(0.01, target, f"target {target:g}", ha="left", va="bottom", transform=axes.get_yaxis_transform())
         axes.set(xlabel=AXES[axis], ylabel=LOSS)
     return figure
 
@@ -120,9 +114,28 @@ def cost_by_batch(reached: pd.DataFrame, axis: str = "outer_step", title: str = 
             axes.plot(mean[bounds], "^", color=colour, markersize=7, fillstyle="none")
             if axis == "outer_step":
                 axes.plot(mean.index, mean.iloc[0] * mean.index[0] / mean.index, color=colour, lw=0.8, linestyle=":")
-        axes.set(xscale="log", yscale="log", xlabel="Outer batch (tokens)", ylabel=f"{AXES[axis]}, to the target")
-        axes.set_ylim(bottom=0.7 * reached[axis].min())
+        axes.set(yscale="log", ylabel=f"{AXES[axis]},\nto the target", ylim=(0.7 * reached[axis].min(), None))
+        _batch_axis(axes, reached)
+        if axis == "outer_step":
+            _plain_ticks(axes.yaxis)
     return figure
+
+
+def _batch_axis(axes: Axes, frame: pd.DataFrame) -> None:
+    """Logarithmic, with a tick at each batch."""
+    batches = sorted(frame["batch"].unique())
+    names = [f"{batch / 1e6:.3g}M" if batch >= 1e6 else f"{batch / 1e3:.3g}k" for batch in batches]
+    axes.set(xscale="log", xlabel="Outer batch (tokens)")
+    axes.set_xticks(batches, names)
+    axes.set_xticks([], minor=True)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, 20, ... on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ScalarFormatter())
 
 
 def loss_by_batch(ends: pd.DataFrame, axis: str = "batch", title: str = "") -> Figure:
@@ -132,7 +145,9 @@ def loss_by_batch(ends: pd.DataFrame, axis: str = "batch", title: str = "") -> F
             own = ends[ends["method"] == name]
             by_batch = own.groupby("batch")
             _band(axes, own[axis].groupby(own["batch"]).mean(), by_batch["final_loss"], name)
-        axes.set(xscale="log", xlabel="Outer batch (tokens)" if axis == "batch" else AXES[axis], ylabel=LOSS)
+        axes.set(xscale="log", ylabel=LOSS, xlabel=AXES.get(axis))
+        if axis == "batch":
+            _batch_axis(axes, ends)
     return figure
 
 
@@ -154,7 +169,8 @@ def rates_by_batch(trials: pd.DataFrame, title: str = "") -> Figure:
         for name in _order(list(best["method"].unique())):
             own = best[best["method"] == name]
             axes.plot(own["batch"], own["lr"], marker="o", markersize=3, linewidth=1.2, label=name, **styles()[name])
-        axes.set(xscale="log", yscale="log", xlabel="Outer batch (sequences)", ylabel="Tuned learning rate")
+        axes.set(yscale="log", ylabel="Tuned learning rate")
+        _batch_axis(axes, best)
     return figure
 
 

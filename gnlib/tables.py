@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gnlib.profiles import tuning
 from gnlib.record import Record
 from gnlib.results import Estimate, by_method, crossing, estimate, final_loss, steps_to_target
-from gnlib.variants import Setting, home_batch, key
+from gnlib.variants import Setting, home_batch, key, setting_config
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,12 +90,13 @@ def _entry(profile: str, setting: Setting) -> dict[str, Any]:
 
 
 def _trial(profile: str, setting: Setting, trial: dict[str, Any]) -> dict[str, Any]:
+    length = setting_config(profile, setting).data.sequence_length
     tuned = {name.rpartition(".")[2]: value for name, value in trial.items() if name.startswith(("method.", "outer"))}
     score = trial["final_loss"] if setting.budget else trial["steps_to_target"]
     return {
         "entry": key(profile, setting),
         "method": setting.label,
-        "batch": setting.batch or home_batch(profile),
+        "batch": (setting.batch or home_batch(profile)) * length,
         **tuned,
         "score": math.nan if score is None else score,
         "final_loss": trial["final_loss"],

@@ -26,10 +26,13 @@ class Variant:
     """Whether it has settings of its own; else it takes those of its base."""
     inner_steps: float = 1.0
     """Inner steps N, times those of the base."""
+    line: tuple[str | int, int] = ("", 1)
+    """In figures: a method whose colour it takes (its base's by default) or the index of a colour that no method has,
+    and the index of the dashes."""
 
 
-def _scheduled(label: str, name: str) -> Variant:
-    return Variant(f"GN, {label}", "gauss_newton", {"method.inner.schedule": name})
+def _scheduled(label: str, name: str, colour: int) -> Variant:
+    return Variant(f"GN, {label}", "gauss_newton", {"method.inner.schedule": name}, line=(colour, 0))
 
 
 def _searching(method: str) -> Variant:
@@ -37,36 +40,38 @@ def _searching(method: str) -> Variant:
     return Variant(label, method, {"method.line_search": {}, "method.line_search.fraction": 0.25}, tuned=False)
 
 
-def _solved_by(label: str, optimizer: str, **changes: object) -> Variant:
+def _search(label: str, colour: int, **changes: object) -> Variant:
+    own = {f"method.line_search.{name}": value for name, value in changes.items()}
+    return Variant(f"GN, {label}", "gauss_newton", own, tuned=False, line=(colour, 0))
+
+
+def _solved_by(label: str, optimizer: str, line: tuple[str | int, int], **changes: object) -> Variant:
     own = {f"method.inner.{name}": value for name, value in changes.items()}
-    return Variant(
-        f"GN by {label}", "gauss_newton", {"method.inner.optimizer": optimizer, "method.inner.adam_lr": None} | own
-    )
+    solver = {"method.inner.optimizer": optimizer, "method.inner.adam_lr": None}
+    return Variant(f"GN by {label}", "gauss_newton", solver | own, line=line)
 
 
 VARIANTS: dict[str, Variant] = {
     "gauss_newton_no_search": Variant("GN, no line search", "gauss_newton", {"method.line_search": None}),
     "prox_linear_no_search": Variant("GN-prox-linear, no line search", "prox_linear", {"method.line_search": None}),
-    "matrixwise": Variant("Per-matrix GN", "layerwise", {"method.blocks": "matrix"}),
-    "constant": _scheduled("constant", "constant"),
-    "constant_inner_cosine": _scheduled("constant + inner cosine", "constant_inner_cosine"),
-    "global_inner_cosine": _scheduled("global + inner cosine", "global_inner_cosine"),
-    "search_without_zero": Variant("GN, no step 0", "gauss_newton", {"method.line_search.zero": False}, tuned=False),
-    "search_on_all": Variant("GN, search on 1/1", "gauss_newton", {"method.line_search.fraction": 1.0}, tuned=False),
-    "search_on_16th": Variant(
-        "GN, search on 1/16", "gauss_newton", {"method.line_search.fraction": 1 / 16}, tuned=False
-    ),
-    "cold_start": Variant("GN, no warm start", "gauss_newton", {"method.inner.warm_start": False}),
+    "matrixwise": Variant("Per-matrix GN", "gauss_newton", {"method.blocks": "matrix"}, line=("layerwise", 1)),
+    "global_inner_cosine": _scheduled("global + inner cosine", "global_inner_cosine", 0),
+    "constant_inner_cosine": _scheduled("constant + inner cosine", "constant_inner_cosine", 1),
+    "constant": _scheduled("constant", "constant", 3),
+    "search_without_zero": _search("no step 0", 0, zero=False),
+    "search_on_all": _search("search on 1/1", 1, fraction=1.0),
+    "search_on_16th": _search("search on 1/16", 3, fraction=1 / 16),
+    "cold_start": Variant("GN, no warm start", "gauss_newton", {"method.inner.warm_start": False}, line=("", 2)),
     "muon_search": _searching("muon"),
     "soap_search": _searching("soap"),
     "adamw_search": _searching("adamw"),
-    "inner_adamw": _solved_by("AdamW", "adamw", lr=0.01),
-    "inner_soap": _solved_by("SOAP", "soap", lr=0.01, options={"precondition_frequency": 10}),
+    "inner_adamw": _solved_by("AdamW", "adamw", ("adamw", 1), lr=0.01),
+    "inner_soap": _solved_by("SOAP", "soap", ("soap", 1), lr=0.01, options={"precondition_frequency": 10}),
     "inner_cg": _solved_by(
-        "conjugate gradients", "conjugate_gradient", steps=64, schedule="constant", options={"damping": 0.01}
+        "conjugate gradients", "conjugate_gradient", (1, 0), steps=64, schedule="constant", options={"damping": 0.01}
     ),
-    "quarter_n": Variant("GN, N / 4", "gauss_newton", inner_steps=0.25),
-    "half_n": Variant("GN, N / 2", "gauss_newton", inner_steps=0.5),
+    "quarter_n": Variant("GN, N / 4", "gauss_newton", inner_steps=0.25, line=("", 2)),
+    "half_n": Variant("GN, N / 2", "gauss_newton", inner_steps=0.5, line=("", 3)),
     "double_n": Variant("GN, 2 N", "gauss_newton", inner_steps=2.0),
 }
 
