@@ -20,7 +20,8 @@ def timed(method: str, seconds: float, steps: int | None = None) -> Record:
 
 
 def config(method: str, seed: int = 9, **changes: object) -> RunConfig:
-    return run_config("tiny", method, seed, {name.replace("__", "."): v for name, v in changes.items()}, use_tuned=False)
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    return run_config("tiny", method, seed, dotted, use_tuned=False)
 
 
 def test_tokens_are_those_that_the_run_then_reads(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

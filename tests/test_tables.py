@@ -38,7 +38,8 @@ def test_a_cost_of_a_run_that_ended_above_the_target_is_a_lower_bound() -> None:
 
 
 def test_cells_are_means_over_the_seeds_of_a_method_at_a_batch() -> None:
-    records = [at_batch(made("muon", [5.0, loss], seed), size) for loss, seed, size in ((4.0, 1, 64), (4.2, 2, 64), (3.0, 1, 16))]
+    ran = ((4.0, 1, 64), (4.2, 2, 64), (3.0, 1, 16))
+    records = [at_batch(made("muon", [5.0, loss], seed), size) for loss, seed, size in ran]
     records += [at_batch(made("adamw", [5.0, 4.5]), 64, "Another name")]
     frame = tables.by_batch(records, tables.mean_loss)
     assert list(frame.columns) == ["Muon", "Another name"] and list(frame.index) == [256, 1024]

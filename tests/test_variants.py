@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_every_run_of_every_study_can_be_built_and_none_comes_twice(name: str, p
 def test_batches_are_powers_of_four_apart_with_the_profiles_own_and_divide_the_budget(profile: str) -> None:
     batches = BATCHES[profile]
     assert home_batch(profile) in batches and len(batches) >= (2 if profile == "tiny" else 4)
-    assert [b / a for a, b in zip(batches, batches[1:], strict=False)] == [4.0] * (len(batches) - 1)
+    assert all(larger == 4 * smaller for smaller, larger in pairwise(batches))
     budget = find_profile(profile).budget
     assert budget >= 2 * batches[-1] and all(budget % batch == 0 for batch in batches)
 
@@ -117,12 +118,9 @@ def test_a_budget_gives_the_number_of_steps_and_is_read_to_its_end() -> None:
 def test_what_was_tuned_for_a_setting_is_used_there_and_nowhere_else(home: Path) -> None:
     rates = {"adamw": 0.02, "adamw@128": 0.003, "adamw@128:budget": 0.007, "constant": 0.5}
     tuned(home, **{name: {"method.inner.lr": lr} for name, lr in rates.items()})
-    found = {
-        key("laptop", setting): setting_config("laptop", setting).method.inner.lr
-        for setting in [
-            Setting("adamw"), Setting("adamw", 128), Setting("adamw", 128, True), Setting("adamw", 512), Setting("constant"),
-        ]
-    }  # fmt: skip
+    settings = [Setting("adamw"), Setting("adamw", 128), Setting("adamw", 128, True), Setting("adamw", 512)]
+    settings.append(Setting("constant"))
+    found = {key("laptop", each): setting_config("laptop", each).method.inner.lr for each in settings}
     assert found == rates | {"adamw@512": 0.01}
     start = setting_config("laptop", Setting("adamw", 128), use_tuned=False)
     assert start.method.inner.lr == 0.005  # a quarter of what was tuned at the profile's batch
