@@ -14,8 +14,9 @@ from gnlib import claims as claim_rows
 from gnlib import export as exports
 from gnlib import readme as readme_table
 from gnlib.config import ConfigError, RunConfig
+from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
-from gnlib.profiles import METHODS, PROFILES, find_profile, run_config, tuning
+from gnlib.profiles import METHODS, MORE_METHODS, PROFILES, find_profile, run_config, tuning
 from gnlib.studies import study_configs, tuned_settings
 from gnlib.study import StudyError, describe, expected, find, run_study, show_row
 from gnlib.train import run_folder
@@ -30,11 +31,15 @@ Name = Annotated[str, tyro.conf.Positional]
 
 @app.command
 def profiles() -> None:
-    """List the profiles and the methods."""
+    """List the profiles, the methods and the optimisers with their sources."""
     for profile in PROFILES.values():
         print(f"{profile.name:12} {profile.summary}")
     print("methods:    ", ", ".join(METHODS))
     print("variants:   ", ", ".join(VARIANTS))
+    print("by name too:", ", ".join(MORE_METHODS))
+    print("optimisers, also inside Gauss-Newton:")
+    for name, entry in registry.items():
+        print(f"  {name:17} {entry.source}")
 
 
 @app.command

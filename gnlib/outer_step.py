@@ -120,6 +120,8 @@ class OuterStep:
         inner = self.config.method.inner
         size = self.config.outer_batch // inner.steps
         losses, passes = [], 0.0
+        for solver in self.solvers:
+            solver.train()
         for index in range(inner.steps):
             factor = learning_rate_factor(inner, self.done, index, self.config.outer_steps)
             gradients, loss, units = self._gradients(stream, size)
@@ -127,6 +129,8 @@ class OuterStep:
                 solver.step(gradient, factor)
             losses.append(loss)
             passes += units * size
+        for solver in self.solvers:
+            solver.eval()
         return torch.stack(losses).double().mean().item(), passes
 
     def _gradients(self, stream: Stream, sequences: int) -> tuple[list[dict[str, Tensor]], Tensor, float]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gnlib.config import ConfigError
 from gnlib.files import home, replacing
-from gnlib.profiles import METHODS
+from gnlib.profiles import ALL_METHODS, METHODS
 from gnlib.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -32,10 +32,11 @@ Style = dict[str, Any]  # keyword arguments of Axes.plot
 
 
 def colours() -> dict[str, tuple[float, float, float]]:
-    """Method label -> colour of seaborn's colour-blind palette."""
+    """Method label -> colour: ten of seaborn's colour-blind palette, then darker ones."""
     import seaborn as sns
 
-    return dict(zip((method.label for method in METHODS.values()), sns.color_palette("colorblind"), strict=False))
+    palette = [*sns.color_palette("colorblind"), *sns.color_palette("dark")]
+    return dict(zip((method.label for method in ALL_METHODS.values()), palette, strict=False))
 
 
 def styles() -> dict[str, Style]:

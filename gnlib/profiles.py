@@ -28,6 +28,7 @@ class Method:
     is_gauss_newton: bool = False
 
 
+# The paper's methods, which studies run by default
 METHODS: dict[str, Method] = {
     "gauss_newton": Method(
         "GN", {"method.objective": "gauss_newton", "method.line_search": {}, "method.inner.optimizer": "muon"}, True
@@ -51,6 +52,20 @@ METHODS: dict[str, Method] = {
     "soap": Method("SOAP", {"method.inner.optimizer": "soap", "method.inner.betas": (0.9, 0.95)}),
     "adamw": Method("AdamW", {"method.inner.optimizer": "adamw"}),
 }
+
+# Further ones, which run when they are named
+MORE_METHODS: dict[str, Method] = {
+    "adam": Method("Adam", {"method.inner.optimizer": "adam"}),
+    "sgd": Method("SGD", {"method.inner.optimizer": "sgd"}),
+    "swan": Method("SWAN", {"method.inner.optimizer": "swan"}),
+    "sinkgd": Method("SinkGD", {"method.inner.optimizer": "sinkgd"}),
+    "sinkgd_stateless": Method("SinkGD, stateless", {"method.inner.optimizer": "sinkgd_stateless"}),
+    "shampoo": Method("Shampoo", {"method.inner.optimizer": "shampoo"}),
+    "schedule_free": Method(
+        "Schedule-free AdamW", {"method.inner.optimizer": "schedule_free", "method.inner.schedule": "constant"}
+    ),
+}
+ALL_METHODS = METHODS | MORE_METHODS
 
 
 @dataclass(frozen=True)
@@ -230,10 +245,10 @@ def find_profile(name: str) -> Profile:
 
 def find_method(name: str) -> Method:
     """By name; ConfigError with the near names for another."""
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS) or list(METHODS)
+    if name not in ALL_METHODS:
+        near = difflib.get_close_matches(name, ALL_METHODS) or list(ALL_METHODS)
         raise ConfigError(f"method: no method {name!r}; near or allowed: {', '.join(near)}")
-    return METHODS[name]
+    return ALL_METHODS[name]
 
 
 def records_folder(profile: str) -> Path:
@@ -281,4 +296,4 @@ def method_of(config: RunConfig) -> str:
 def label(config: RunConfig) -> str:
     """The method's name in tables and figures."""
     name = method_of(config)
-    return METHODS[name].label if name in METHODS else name
+    return ALL_METHODS[name].label if name in ALL_METHODS else name

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gnlib.profiles import METHODS
+from gnlib.profiles import ALL_METHODS
 from gnlib.profiles import label as method_label
 from gnlib.record import Record, Row
 
@@ -153,12 +153,12 @@ def estimate(values: Sequence[float], censored: Sequence[bool] = ()) -> Estimate
 
 
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records grouped by label: the methods in the order of `profiles.METHODS`, then variants as they come; seeds
+    """Records grouped by label: the methods in the order of `profiles.ALL_METHODS`, then variants as they come; seeds
     ascending."""
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.config.seed):
         groups.setdefault(label(record), []).append(record)
-    order = [method.label for method in METHODS.values()]
+    order = [method.label for method in ALL_METHODS.values()]
     return {name: groups[name] for name in sorted(groups, key=lambda n: order.index(n) if n in order else len(order))}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from gnlib.config import ConfigError, RunConfig
 from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
 from gnlib.files import exclusive, replacing
+from gnlib.optimizers import find as optimizer
 from gnlib.profiles import Changes, find_profile, records_folder, tuning
 from gnlib.record import Record
 from gnlib.results import crossing
@@ -52,7 +53,7 @@ def ladder(field: str, start: int, values: Sequence[int], most: int) -> Axis:
 
 
 def axes_of(profile: str, setting: Setting) -> list[Axis]:
-    """What is tuned: learning rates (both parts of Muon) or the damping, the number of outer steps up to a cap where a
+    """What is tuned: learning rates (also that of an AdamW part) or the damping, the number of outer steps up to a cap where a
     schedule depends on it, and the baselines' warm-up."""
     config = setting_config(profile, setting, use_tuned=False)
     inner, axes = config.method.inner, []
@@ -60,8 +61,8 @@ def axes_of(profile: str, setting: Setting) -> list[Axis]:
         axes.append(geometric("method.inner.options.damping", float(inner.options["damping"]), factor=4.0))
     else:
         axes.append(geometric("method.inner.lr", inner.lr))
-    if inner.optimizer == "muon":
-        axes.append(geometric("method.inner.adam_lr", inner.adam_lr or inner.lr))
+        if optimizer(inner.optimizer).adam_beside:
+            axes.append(geometric("method.inner.adam_lr", inner.adam_lr or inner.lr))
     most = config.outer_steps if setting.budget else most_steps(profile, setting)
     if not (setting.budget or inner.schedule == "constant"):  # where the length changes nothing before its end
         axes.append(ladder("outer_steps", config.outer_steps, STEPS, most))

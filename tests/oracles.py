@@ -328,6 +328,27 @@ def soap(
 # ---------------------------------------------------------------- outer steps
 
 
+def whitening(matrix: Tensor) -> Tensor:
+    """(X X^T)^(-1/2) X sqrt(n) for m <= n rows, by eigenvalues; of the transpose for m > n (arXiv 2412.13148)."""
+    rows, columns = matrix.shape
+    if rows > columns:
+        return whitening(matrix.T).T
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    return math.sqrt(columns) * (vectors / values.sqrt()) @ vectors.T @ matrix
+
+
+def sinkgd(matrix: Tensor, sweeps: int) -> Tensor:
+    """Rows to length sqrt(n), then columns to sqrt(m), `sweeps` times (arXiv 2502.06742, algorithm 3)."""
+    x = matrix.clone()
+    rows, columns = x.shape
+    for _ in range(sweeps):
+        for i in range(rows):
+            x[i] *= math.sqrt(columns) / math.sqrt(sum(x[i, j].item() ** 2 for j in range(columns)))
+        for j in range(columns):
+            x[:, j] *= math.sqrt(rows) / math.sqrt(sum(x[i, j].item() ** 2 for i in range(rows)))
+    return x
+
+
 def inner_solution(
     start: dict[str, Tensor],
     gradient: Callable[[dict[str, Tensor]], dict[str, Tensor]],

@@ -162,9 +162,9 @@ def everything() -> list[Record]:
 
 def test_groups_are_in_the_order_of_the_methods_with_seeds_ascending() -> None:
     other = everything()[0]
-    other.config = other.config.replace({"method.inner.optimizer": "sgd"})
+    other.config = other.config.replace({"method.inner.optimizer": "torch.optim.Adagrad"})
     groups = by_method([other, *everything()])
-    assert list(groups) == ["GN", "Layerwise GN", "GN-prox-linear", "Muon", "SOAP", "AdamW", "sgd"]
+    assert list(groups) == ["GN", "Layerwise GN", "GN-prox-linear", "Muon", "SOAP", "AdamW", "torch.optim.Adagrad"]
     assert all([record.config.seed for record in groups[method.label]] == [1, 2] for method in METHODS.values())
 
 

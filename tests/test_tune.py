@@ -234,8 +234,8 @@ def test_without_running_the_search_goes_by_the_records_there_are(home: Path, mo
 
 def test_an_unknown_method_is_refused_before_anything_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = runs_on(bowl(0.01, 32), monkeypatch)
-    with pytest.raises(ConfigError, match="no method 'adam'; near or allowed: adamw"):
-        tune("laptop", "adam")
+    with pytest.raises(ConfigError, match="no method 'adamm'; near or allowed: adam"):
+        tune("laptop", "adamm")
     assert not runs.rounds and not list(home.iterdir())
 
 
