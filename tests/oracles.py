@@ -328,6 +328,44 @@ def soap(
 # ---------------------------------------------------------------- outer steps
 
 
+def shampoo(theta: Tensor, gradients: Gradients, lrs: Sequence[float], weight_decay: float) -> Tensor:
+    """theta <- (1 - lr wd) theta - lr L^(-1/4) G R^(-1/4), L and R sums of G G^T and G^T G (arXiv 1802.09568)."""
+
+    def inverse_fourth_root(matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        return (vectors * values**-0.25) @ vectors.T
+
+    left, right = (1e-6 * torch.eye(size, dtype=theta.dtype) for size in theta.shape)
+    for g, lr in zip(gradients, lrs, strict=True):
+        left, right = left + g @ g.T, right + g.T @ g
+        theta = (1 - lr * weight_decay) * theta - lr * inverse_fourth_root(left) @ g @ inverse_fourth_root(right)
+    return theta
+
+
+def schedule_free_adamw(
+    theta: Tensor,
+    gradient: Callable[[Tensor], Tensor],
+    lrs: Sequence[float],
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> list[Tensor]:
+    """The averages x_1, x_2, ... (arXiv 2405.15682, algorithm 1, averaging weights the largest lr so far, squared).
+
+    y = (1 - beta_1) z + beta_1 x; z <- z - lr (g / sqrt(v_hat) + wd y) with g at y; x <- (1 - c) x + c z.
+    """
+    x, z, v, total, averages = theta, theta, torch.zeros_like(theta), 0.0, []
+    for t, lr in enumerate(lrs, 1):
+        y = (1 - betas[0]) * z + betas[0] * x
+        g = gradient(y)
+        v = betas[1] * v + (1 - betas[1]) * g**2
+        z = z - lr * (g / ((v / (1 - betas[1] ** t)).sqrt() + 1e-8) + weight_decay * y)
+        weight = max(lrs[:t]) ** 2
+        total += weight
+        x = (1 - weight / total) * x + weight / total * z
+        averages.append(x)
+    return averages
+
+
 def whitening(matrix: Tensor) -> Tensor:
     """(X X^T)^(-1/2) X sqrt(n) for m <= n rows, by eigenvalues; of the transpose for m > n (arXiv 2412.13148)."""
     rows, columns = matrix.shape
