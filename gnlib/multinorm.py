@@ -150,10 +150,8 @@ class MultiNormalised(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             chosen = [p for p in group["params"] if p.grad is not None]
             for kind in dict.fromkeys((p.shape, p.dtype, p.device) for p in chosen):

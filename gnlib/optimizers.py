@@ -9,17 +9,21 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gnlib.config import ConfigError, InnerConfig
+from gnlib.kfac import KFAC
+from gnlib.losses import ConvexLoss
 from gnlib.multinorm import SWAN, SinkGD
 from gnlib.muon import BatchedMuon
+from gnlib.sampled import Observer, SampledLoss
+from gnlib.sophia import SophiaG
 
 Named = Mapping[str, Tensor]
 Build = Callable[[Named, Named, InnerConfig], list[Optimizer]]  # hidden matrices, the other parameters, settings
@@ -63,6 +67,14 @@ class Solver:
             optimizer.step()
             optimizer.zero_grad()
         return norm
+
+    def observe(self, model: nn.Module, loss: ConvexLoss, batches: Sequence[Tensor]) -> float:
+        """Show the coming step's inputs, in equal micro-batches, to the optimisers that learn curvature from them.
+
+        Returns the cost in forward passes of the batch.
+        """
+        due = [o for o in self.optimizers if isinstance(o, Observer) and o.due()]
+        return sum(o.observe(SampledLoss(model, loss, self.parameters, batches)) for o in due)
 
     def train(self) -> None:
         """Put the parameters where gradients are wanted: schedule-free methods train beside what they evaluate."""
@@ -175,6 +187,10 @@ def _shampoo(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimiz
     return _on_matrices(Shampoo, weight_decouple=True)(matrices, others, inner)
 
 
+def _kfac(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
+    return _on_matrices(KFAC, momentum=inner.momentum)(matrices, others, inner)
+
+
 def _schedule_free(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
     from pytorch_optimizer import ScheduleFreeAdamW
 
@@ -215,4 +231,11 @@ registry: dict[str, Entry] = {
         "arXiv 2405.15682; pytorch_optimizer.ScheduleFreeAdamW; evaluated at its average",
         _schedule_free,
     ),
+    "kfac": Entry(
+        "K-FAC",
+        f"arXiv 1503.05671, expand of 2311.00636 (EKFAC by option, 1806.03884); gnlib.kfac.KFAC {_REST}",
+        _kfac,
+        adam_beside=True,
+    ),
+    "sophia_g": Entry("Sophia-G", "arXiv 2305.14342; gnlib.sophia.SophiaG", _on_all(SophiaG)),
 }

@@ -139,6 +139,8 @@ class OuterStep:
         totals: list[dict[str, Tensor]] = []
         loss, units = torch.zeros((), device=self.device), 0.0
         batches = list(self._micro_batches(stream, sequences, "train"))
+        with matmul_precision(self.config.compute, self.device):
+            seen = [solver.observe(self.model, self.loss, [inputs for inputs, _ in batches]) for solver in self.solvers]
         for inputs, targets in batches:
             with matmul_precision(self.config.compute, self.device):
                 evaluations = self.objective.evaluate(self.model, points, inputs, targets)
@@ -146,7 +148,7 @@ class OuterStep:
             loss = loss + evaluations[0].loss / len(batches)
             gradients = [e.gradient for e in evaluations]
             totals = gradients if not totals else [_summed(t, g) for t, g in zip(totals, gradients, strict=True)]
-        return [{name: g / len(batches) for name, g in total.items()} for total in totals], loss, units
+        return [{name: g / len(batches) for name, g in total.items()} for total in totals], loss, units + sum(seen)
 
     def _micro_batches(self, stream: Stream, sequences: int, purpose: Purpose) -> Iterator[tuple[Tensor, Tensor]]:
         """Equal batches of at most `compute.micro_batch` sequences, so that the mean of means is the mean.

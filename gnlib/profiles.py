@@ -64,6 +64,8 @@ MORE_METHODS: dict[str, Method] = {
     "schedule_free": Method(
         "Schedule-free AdamW", {"method.inner.optimizer": "schedule_free", "method.inner.schedule": "constant"}
     ),
+    "kfac": Method("K-FAC", {"method.inner.optimizer": "kfac"}),
+    "sophia_g": Method("Sophia-G", {"method.inner.optimizer": "sophia_g", "method.inner.betas": (0.965, 0.99)}),
 }
 ALL_METHODS = METHODS | MORE_METHODS
 
@@ -155,6 +157,12 @@ PROFILES: dict[str, Profile] = {
                 "sinkgd_stateless": {"method.inner.lr": 0.01},
                 "shampoo": {"method.inner.lr": 0.5, "method.inner.adam_lr": 0.02},
                 "schedule_free": {"method.inner.lr": 0.02},
+                "kfac": {
+                    "method.inner.lr": 0.1,
+                    "method.inner.adam_lr": 0.02,
+                    "method.inner.options": {"period": 1},
+                },
+                "sophia_g": {"method.inner.lr": 0.01, "method.inner.options": {"period": 1}},
             },
         ),
         Profile(
@@ -196,6 +204,12 @@ PROFILES: dict[str, Profile] = {
                 "sinkgd_stateless": {"method.inner.lr": 0.004},
                 "shampoo": {"method.inner.lr": 0.5, "method.inner.adam_lr": 0.01},
                 "schedule_free": {"method.inner.lr": 0.008},
+                "kfac": {
+                    "method.inner.lr": 0.1,
+                    "method.inner.adam_lr": 0.01,
+                    "method.inner.options": {"period": 1},
+                },
+                "sophia_g": {"method.inner.lr": 0.004, "method.inner.options": {"period": 1}},
             },
         ),
         Profile(

@@ -366,6 +366,33 @@ def schedule_free_adamw(
     return averages
 
 
+def classifier_factors(
+    weights: Mapping[str, Tensor], inputs: Tensor, labels: Tensor
+) -> list[tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]]:
+    """For W_0 and W_2 of x -> W_2 gelu(W_0 x + b_0) + b_2 under cross-entropy, example by example: the pairs (a, g) of
+    input and output gradient, and their mean outer products A and S (arXiv 1503.05671)."""
+    pairs: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
+    for x, label in zip(inputs, labels, strict=True):
+        before = weights["0.weight"] @ x + weights["0.bias"]
+        normal_cdf = 0.5 * (1 + torch.erf(before / math.sqrt(2)))
+        slope = normal_cdf + before * torch.exp(-(before**2) / 2) / math.sqrt(2 * math.pi)
+        hidden = before * normal_cdf
+        z = weights["2.weight"] @ hidden + weights["2.bias"]
+        g = torch.exp(z - z.logsumexp(0))
+        g[label] -= 1
+        pairs[1].append((hidden, g))
+        pairs[0].append((x, slope * (weights["2.weight"].T @ g)))
+    n = len(inputs)
+    return [(ps, sum(torch.outer(a, a) for a, _ in ps) / n, sum(torch.outer(g, g) for _, g in ps) / n) for ps in pairs]
+
+
+def kronecker_direction(gradient: Tensor, S: Tensor, A: Tensor, damping: float) -> Tensor:
+    """(S (x) A + damping mean(eigenvalues) I)^-1 vec(gradient), by a dense solve; gradient [out, in] in row order."""
+    G = torch.kron(S, A)
+    ridge = damping * G.trace() / len(G) * torch.eye(len(G), dtype=G.dtype)
+    return torch.linalg.solve(G + ridge, gradient.flatten()).reshape(gradient.shape)
+
+
 def whitening(matrix: Tensor) -> Tensor:
     """(X X^T)^(-1/2) X sqrt(n) for m <= n rows, by eigenvalues; of the transpose for m > n (arXiv 2412.13148)."""
     rows, columns = matrix.shape
