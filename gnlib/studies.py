@@ -18,9 +18,9 @@ class Study:
     """A grid: methods and variants x outer batches x seeds."""
 
     methods: tuple[str, ...]
-    """Names of `profiles.METHODS` and `variants.VARIANTS`."""
-    batches: Literal["own", "three", "all"] = "own"
-    """The profile's outer batch; the smallest but one, that and the largest of its batches; or all of them."""
+    """Names of `profiles.ALL_METHODS` and `variants.VARIANTS`."""
+    batches: Literal["own", "small", "three", "all"] = "own"
+    """The profile's outer batch; the smallest but one of its batches; both and the largest; or all of them."""
     budget: bool = False
     """Runs end at the profile's token budget."""
 
@@ -29,9 +29,10 @@ class Study:
 
     def _batches(self, profile: str) -> tuple[int, ...]:
         every, own = find_profile(profile).batches, home_batch(profile)
-        if self.batches == "own":
-            return (own,)
-        return every if self.batches == "all" else tuple(sorted({every[len(every) > 2], own, every[-1]}))
+        small = every[len(every) > 2]
+        if self.batches == "all":
+            return every
+        return {"own": (own,), "small": (small,), "three": tuple(sorted({small, own, every[-1]}))}[self.batches]
 
 
 _BASELINES = ("muon", "soap", "adamw")
@@ -56,6 +57,9 @@ STUDIES: dict[str, Study] = {
     ),
     "inner_solver": Study(
         ("gauss_newton", "inner_adamw", "inner_soap", "inner_cg", "quarter_n", "half_n", "double_n")
+    ),
+    "stateless": Study(
+        ("sinkgd", "swan", "sinkgd_stateless", "muon", "adamw", "adam", "sgd"), "small", budget=True
     ),
 }
 

@@ -53,8 +53,8 @@ def ladder(field: str, start: int, values: Sequence[int], most: int) -> Axis:
 
 
 def axes_of(profile: str, setting: Setting) -> list[Axis]:
-    """What is tuned: learning rates (also that of an AdamW part) or the damping, the number of outer steps up to a cap where a
-    schedule depends on it, and the baselines' warm-up."""
+    """What is tuned: learning rates (also that of an AdamW part) or the damping, the number of outer steps up to a cap
+    where a schedule depends on it, and the baselines' warm-up."""
     config = setting_config(profile, setting, use_tuned=False)
     inner, axes = config.method.inner, []
     if inner.optimizer == CONJUGATE_GRADIENT:

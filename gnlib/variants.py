@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 
 from gnlib.config import ConfigError, RunConfig
-from gnlib.profiles import METHODS, Changes, find_profile, run_config, tuning
+from gnlib.profiles import ALL_METHODS, METHODS, Changes, find_profile, run_config, tuning
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Setting:
     """A run apart from its data order."""
 
     name: str
-    """Of `profiles.METHODS` or `VARIANTS`."""
+    """Of `profiles.ALL_METHODS` or `VARIANTS`."""
     batch: int | None = None
     """Sequences of the outer batch; None is the profile's."""
     budget: bool = False
@@ -94,11 +94,11 @@ class Setting:
     @property
     def label(self) -> str:
         """The method's or variant's name in tables and figures."""
-        return (VARIANTS | METHODS)[self.name].label
+        return (VARIANTS | ALL_METHODS)[self.name].label
 
     @property
     def is_gauss_newton(self) -> bool:
-        return METHODS[self.base].is_gauss_newton
+        return ALL_METHODS[self.base].is_gauss_newton
 
     def at_home(self, profile: str) -> bool:
         """Whether batch and length are the profile's own."""
@@ -107,7 +107,7 @@ class Setting:
 
 def find_setting(name: str, batch: int | None = None, budget: bool = False) -> Setting:
     """ConfigError with the near names for an unknown one."""
-    known = METHODS | VARIANTS
+    known = ALL_METHODS | VARIANTS
     if name not in known:
         near = difflib.get_close_matches(name, known) or list(known)
         raise ConfigError(f"method: no method {name!r}; near or allowed: {', '.join(near)}")
