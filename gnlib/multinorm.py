@@ -76,8 +76,8 @@ def _frobenius(x: Tensor) -> Tensor:
 
 
 def _positive(length: Tensor) -> Tensor:
-    """Lengths to divide by: what is zero stays zero."""
-    return length.clamp(min=torch.finfo(length.dtype).tiny)
+    """Lengths to divide by: what is zero stays zero. The least is one whose square is not rounded to zero."""
+    return length.clamp(min=torch.finfo(length.dtype).tiny ** 0.5)
 
 
 NORMS: dict[str, Norm] = {

@@ -64,7 +64,22 @@ def test_zero_rows_and_columns_stay_zero(name: str) -> None:
     x[1], x[:, 2] = 0.0, 0.0
     done = NORMS[name].normalise(x)
     assert done.isfinite().all() and done[1].norm() < 1e-12 and done[:, 2].norm() < 1e-12
-    assert torch.equal(NORMS[name].normalise(torch.zeros(3, 2)), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("shape", [(3, 2), (300, 64), (64, 300)])
+def test_a_zero_matrix_stays_zero_in_single_precision(name: str, shape: tuple[int, int]) -> None:
+    """Where 1 / the smallest number times a root of the size would overflow."""
+    assert torch.equal(NORMS[name].normalise(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_a_step_leaves_the_rows_of_absent_tokens_alone_and_is_finite() -> None:
+    """The gradient of an embedding, in the stateless variant."""
+    p = torch.nn.Parameter(torch.ones(300, 64))
+    p.grad = torch.zeros(300, 64)
+    p.grad[:100] = 1e-5 * matrix((100, 64)).float()
+    SinkGD([p], lr=0.1).step()
+    assert p.isfinite().all() and torch.equal(p[100:], torch.ones(200, 64)) and (p[:100] != 1).all()
 
 
 @pytest.mark.parametrize("rows", [12, 20])
