@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from gnlib.profiles import METHODS, run_config
+from gnlib.profiles import METHODS, find_method, run_config
 from gnlib.record import Record, Row
 from gnlib.results import (
     Crossing,
@@ -33,7 +33,7 @@ def made(
     profile: str = "tiny",
 ) -> Record:
     """A record with these validation losses, evaluated every few steps; only Gauss-Newton methods search."""
-    search = SEARCH if METHODS[method].is_gauss_newton else 0
+    search = SEARCH if find_method(method).is_gauss_newton else 0
     rows: list[Row] = [
         {
             "outer_step": step, "tokens_train": TRAIN * step, "tokens_search": search * step, "flops": 1e6 * step,
