@@ -14,6 +14,7 @@ from gnlib import measures
 from gnlib.measures import BASELINES, Measure
 from gnlib.profiles import find_profile, tuning
 from gnlib.results import Estimate, by_method
+from gnlib.stateless import tokens_to_final_loss
 from gnlib.studies import STUDIES, present_records, study_runs
 from gnlib.study import StudyError
 from gnlib.variants import find_setting, key
@@ -86,6 +87,12 @@ def _steps_claim(
     unit = f"steps to target / {find_setting(reference).label}'s"
     measure = measures.step_ratio(method, reference)
     return Question(claim, paper, unit, study, (reference, method), measure, **bound)
+
+
+def _tokens_claim(claim: str, paper: str, method: str, **bound: float) -> Question:
+    """A claim about the tokens of a method to Adam's final loss (arXiv 2502.06742, 2412.13148)."""
+    measure = tokens_to_final_loss(method, "adam")
+    return Question(claim, paper, "tokens / Adam's", "stateless", (method, "adam"), measure, **bound)
 
 
 _STEPS = "iteration_complexity"
@@ -199,6 +206,8 @@ QUESTIONS = (
         at_least=1.05,
     ),
     Question("A GN inner step costs about 1.5x a standard step", "1.5", "time ratio", "bench"),
+    _tokens_claim("SinkGD has Adam's final loss with at most 60 % of its tokens", "0.4", "sinkgd", at_most=0.6),
+    _tokens_claim("SWAN has Adam's final loss with at most 75 % of its tokens", "0.5", "swan", at_most=0.75),
 )
 
 

@@ -88,11 +88,13 @@ class Solver:
         for optimizer in self.optimizers:
             getattr(optimizer, mode, lambda: None)()
 
-    def state_bytes(self) -> int:
-        """Size of all tensors in the optimisers' state dictionaries."""
-        entries = [entry for state in self.state_dict() for entry in state["state"].values()]
-        tensors = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def state_bytes(self) -> dict[str, int]:
+        """Size of the tensors that the optimisers keep for each parameter, by name; what a checkpoint holds."""
+        kept = {id(p): values for o in self.optimizers for p, values in o.state.items()}
+        tensors = {
+            n: [v for v in kept.get(id(p), {}).values() if isinstance(v, Tensor)] for n, p in self.parameters.items()
+        }
+        return {name: sum(v.numel() * v.element_size() for v in values) for name, values in tensors.items()}
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [optimizer.state_dict() for optimizer in self.optimizers]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gnlib.blocks import hidden_matrices
 from gnlib.config import InnerConfig, RunConfig
 from gnlib.losses import CrossEntropy
 from gnlib.model import parameter_count, shapes_only
@@ -49,28 +50,30 @@ def summary(records: Sequence[Record], reference: str = "adam") -> pd.DataFrame:
     groups, name = by_method(records), find_method(reference).label
     rows = {}
     for label, runs in groups.items():
-        config, size = runs[0].config, state_bytes(runs[0].config)
+        kept, config = state_bytes(runs[0].config), runs[0].config
+        size, hidden = sum(kept.values()), hidden_matrices(shapes_only(config))
         finals = [record.rows[-1]["val_loss"] for record in runs]
         rows[label] = {
             "n": len(runs),
             "final loss": str(estimate([float("nan") if loss is None else loss for loss in finals])),
             f"tokens to {name}'s final loss": str(_tokens_ratio(runs, groups[name])),
             "state (kB)": round(size / 1000, 1),
+            "of the blocks' matrices": round(sum(kept[name] for name in hidden) / 1000, 1),
             "state / parameters": round(size / (BYTES * parameter_count(config)), 2),
             "peak (MB)": round(max(record.rows[-1]["peak_bytes"] for record in runs) / 1e6),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def state_bytes(config: RunConfig) -> int:
-    """Bytes of the optimisers' state of a run after two steps, from their `state_dict`; by shapes, without memory."""
+def state_bytes(config: RunConfig) -> dict[str, int]:
+    """Bytes that a run's optimisers keep for each parameter after two steps, by name; from shapes, without memory."""
     model = shapes_only(config)
     solvers = OuterStep(model, CrossEntropy(), config).solvers
     inputs = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     for solver in solvers * 2:
         solver.observe(model, CrossEntropy(), [inputs])
         solver.step({name: torch.zeros_like(p) for name, p in solver.parameters.items()}, 1.0)
-    return sum(solver.state_bytes() for solver in solvers)
+    return {name: size for solver in solvers for name, size in solver.state_bytes().items()}
 
 
 def step_times(methods: Sequence[str], sizes: Sequence[int], steps: int = 5) -> pd.DataFrame:

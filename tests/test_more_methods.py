@@ -136,7 +136,8 @@ def state_bytes(name: str) -> tuple[int, int, int]:
     hidden = hidden_matrices(method.model)
     sizes = {n: p.numel() * p.element_size() for n, p in method.model.named_parameters()}
     matrices = sum(size for n, size in sizes.items() if n in hidden)
-    return sum(solver.state_bytes() for solver in method.solvers), matrices, sum(sizes.values()) - matrices
+    state = sum(sum(solver.state_bytes().values()) for solver in method.solvers)
+    return state, matrices, sum(sizes.values()) - matrices
 
 
 def test_the_stateless_variant_has_no_state_at_all() -> None:

@@ -40,7 +40,9 @@ def test_state_counted_by_shapes_is_that_of_a_run(method: str) -> None:
     stream = ListStream(tokens, tokens)
     for _ in range(2):
         step.step(stream)
-    assert state_bytes(config) == sum(solver.state_bytes() for solver in step.solvers)
+    found = state_bytes(config)
+    assert found == {name: size for solver in step.solvers for name, size in solver.state_bytes().items()}
+    assert found.keys() == dict(step.model.named_parameters()).keys()
 
 
 def test_the_summary_has_a_row_a_method_with_its_state() -> None:
@@ -49,6 +51,7 @@ def test_the_summary_has_a_row_a_method_with_its_state() -> None:
     assert list(table.index) == ["Adam", "SGD", "SinkGD, stateless"]
     assert list(table["n"]) == [2, 2, 2] and list(table["final loss"]) == ["4.00 ± 0.00"] * 3
     assert list(table["state / parameters"]) == [2.0, 1.0, 0.0]
+    assert list(table["of the blocks' matrices"]) == [2 * 16.4, 16.4, 0.0]  # 2 blocks of 4 x 16 x 16 + 2 x 16 x 32
     assert list(table["tokens to Adam's final loss"]) == ["1.00 ± 0.00"] * 3
 
 
