@@ -14,7 +14,7 @@ WORKERS ?= 2
 # What the targets run
 STUDY = iteration_complexity
 NOTEBOOK = 01_iteration_complexity
-STUDIES = iteration_complexity
+STUDIES = iteration_complexity stateless
 SEEDS = 1
 GNLIB = $(BIN)/gnlib
 PAPERMILL = $(BIN)/papermill --kernel python3 -p profile $(PROFILE)

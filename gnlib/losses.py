@@ -47,6 +47,13 @@ class CrossEntropy:
         pv = p * v
         return (pv - p * pv.sum(-1, keepdim=True)) / y.numel()
 
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """Targets drawn from the model, y ~ softmax(z): [..., V] -> [...]; `generator` is of the CPU."""
+        cumulative = _wide(z).softmax(-1).cumsum(-1)
+        uniform = torch.rand(*z.shape[:-1], 1, generator=generator, dtype=torch.float64).to(cumulative)
+        drawn = torch.searchsorted(cumulative, uniform * cumulative[..., -1:]).squeeze(-1)
+        return drawn.clamp(max=z.shape[-1] - 1)
+
 
 class MeanSquaredError:
     """L = mean over the n predictions of 1/2 |z - y|^2; z and y [n, features] or [n]."""
@@ -59,6 +66,10 @@ class MeanSquaredError:
 
     def hessian_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
         return v / len(z)
+
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """Targets drawn from the model, y ~ N(z, 1), the shape of z; `generator` is of the CPU."""
+        return z + torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
 
 
 def _wide(z: Tensor) -> Tensor:
