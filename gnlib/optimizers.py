@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from gnlib.muon import BatchedMuon
 from gnlib.sampled import Observer, SampledLoss
 from gnlib.sophia import SophiaG
 
-Named = Mapping[str, Tensor]
+Named = dict[str, Tensor]
 Build = Callable[[Named, Named, InnerConfig], list[Optimizer]]  # hidden matrices, the other parameters, settings
 
 
@@ -211,7 +211,7 @@ def _schedule_free(matrices: Named, others: Named, inner: InnerConfig) -> list[O
 _REST = "on hidden matrices, AdamW on the rest"
 
 registry: dict[str, Entry] = {
-    "adamw": Entry("AdamW", "arXiv 1711.05101; torch.optim.AdamW", lambda matrices, others, inner: [_adamw({**matrices, **others}, inner)]),
+    "adamw": Entry("AdamW", "arXiv 1711.05101; torch.optim.AdamW", lambda m, rest, inner: [_adamw(m | rest, inner)]),
     "muon": Entry("Muon", f"Jordan et al. 2024; torch.optim.Muon {_REST}", _muon, adam_beside=True),
     "soap": Entry("SOAP", "arXiv 2409.11321; pytorch_optimizer.SOAP", _soap),
     "sgd": Entry("SGD", "torch.optim.SGD with momentum; its weight decay is coupled (L2)", _sgd),
