@@ -120,7 +120,7 @@ def test_without_one_of_its_records_a_notebook_fails_in_ci_with_the_command_to_r
     exec(cell(path, "parameters") + "\n" + cell(path, "imports"), names)
     exec(cell(path, "study"), names)  # all there
     (tmp_path / "data" / "records" / "laptop" / f"{needed}.jsonl").unlink()
-    with pytest.raises(StudyError, match=f"1 of .* missing.* {needed}.*; run: gnlib study {study} --profile laptop"):
+    with pytest.raises(StudyError, match=f"1 of .* missing.*{needed}.*; run: gnlib study {study} --profile laptop"):
         exec(cell(path, "study"), names)
 
 
