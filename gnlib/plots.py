@@ -85,7 +85,7 @@ def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", t
             by_step = curves[curves["method"] == name].groupby("outer_step")
             _band(axes, by_step[axis].mean(), by_step["val_loss"], name)
         axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
-        axes.text(0.01, target, f"target {target:g}", ha="left", va="bottom", transform=axes.get_yaxis_transform())
+        axes.text(1.01, target, f"target\n{target:g}", va="center", transform=axes.get_yaxis_transform())
         axes.set(xlabel=AXES[axis], ylabel=LOSS)
     return figure
 
