@@ -142,12 +142,11 @@ def setting_config(
     variant = VARIANTS.get(setting.name)
     if variant is None and setting.at_home(profile):
         return run_config(profile, setting.name, seed, changes, use_tuned)
-    own: Changes = {}
     if tunable(setting) != setting:
-        start = setting_config(profile, tunable(setting), seed)
+        start, use_tuned = setting_config(profile, tunable(setting), seed), False
     else:
         start = scaled(profile, run_config(profile, setting.base, seed), setting)
-        own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else own
+    own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else {}
     return start.replace(_varied(start, variant), _ending(profile, setting), own, changes or {})
 
 
