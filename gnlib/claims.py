@@ -158,7 +158,7 @@ QUESTIONS = (
         at_most=1.1,
     ),
     Question(
-        "No other schedule beats the global cosine by more than 5 % at the profile's batch",
+        "No other schedule beats the global cosine by more than 5 % at the middle batch",
         "global cosine best overall",
         "best other schedule's steps / the global cosine's",
         "schedules",

@@ -28,11 +28,10 @@ class Study:
         return [find_setting(name, batch, self.budget) for batch in self._batches(profile) for name in methods]
 
     def _batches(self, profile: str) -> tuple[int, ...]:
-        every, own = find_profile(profile).batches, home_batch(profile)
+        every = find_profile(profile).batches
         small = every[len(every) > 3]  # where there are many, the smallest has too many steps
-        if self.batches == "all":
-            return every
-        return {"own": (own,), "small": (small,), "three": tuple(sorted({small, every[len(every) // 2], every[-1]}))}[self.batches]
+        three = tuple(sorted({small, every[len(every) // 2], every[-1]}))
+        return {"own": (home_batch(profile),), "small": (small,), "three": three, "all": every}[self.batches]
 
 
 _BASELINES = ("muon", "soap", "adamw")

@@ -61,7 +61,9 @@ VARIANTS: dict[str, Variant] = {
     "search_without_zero": _search("no step 0", 0, zero=False),
     "search_on_all": _search("search on 1/1", 1, fraction=1.0),
     "search_on_16th": _search("search on 1/16", 3, fraction=1 / 16),
-    "cold_start": Variant("GN, no warm start", "gauss_newton", {"method.inner.warm_start": False}, tuned=False, line=("", 2)),
+    "cold_start": Variant(
+        "GN, no warm start", "gauss_newton", {"method.inner.warm_start": False}, tuned=False, line=("", 2)
+    ),
     "muon_search": _searching("muon"),
     "soap_search": _searching("soap"),
     "adamw_search": _searching("adamw"),

@@ -59,14 +59,14 @@ def test_every_run_of_every_study_can_be_built_and_none_comes_twice(name: str, p
 @pytest.mark.parametrize("profile", PROFILES)
 def test_batches_are_powers_of_four_apart_with_the_profiles_own_and_divide_the_budget(profile: str) -> None:
     batches = BATCHES[profile]
-    assert home_batch(profile) in batches and len(batches) >= (2 if profile == "tiny" else 4)
+    assert home_batch(profile) in batches and len(batches) >= (2 if profile == "tiny" else 3)
     assert all(larger == 4 * smaller for smaller, larger in pairwise(batches))
     budget = find_profile(profile).budget
     assert budget >= 2 * batches[-1] and all(budget % batch == 0 for batch in batches)
 
 
 def test_the_schedules_are_studied_at_a_small_a_medium_and_a_large_batch() -> None:
-    assert sorted({run.config.outer_batch for run in study_runs("schedules", "laptop")}) == [128, 2048, 8192]
+    assert sorted({run.config.outer_batch for run in study_runs("schedules", "laptop")}) == [128, 512, 2048]
 
 
 def test_runs_at_the_profiles_own_batch_are_those_of_figure_1() -> None:
@@ -116,10 +116,10 @@ def test_a_budget_gives_the_number_of_steps_and_is_read_to_its_end() -> None:
 
 
 def test_what_was_tuned_for_a_setting_is_used_there_and_nowhere_else(home: Path) -> None:
-    rates = {"adamw": 0.02, "adamw@128": 0.003, "adamw@128:budget": 0.007, "constant": 0.5}
+    rates = {"adamw": 0.02, "adamw@128": 0.003, "adamw@128:budget": 0.007, "inner_adamw": 0.5}
     tuned(home, **{name: {"method.inner.lr": lr} for name, lr in rates.items()})
     settings = [Setting("adamw"), Setting("adamw", 128), Setting("adamw", 128, True), Setting("adamw", 512)]
-    settings.append(Setting("constant"))
+    settings.append(Setting("inner_adamw"))
     found = {key("laptop", each): setting_config("laptop", each).method.inner.lr for each in settings}
     assert found == rates | {"adamw@512": 0.01}
     start = setting_config("laptop", Setting("adamw", 128), use_tuned=False)
@@ -158,7 +158,7 @@ def test_a_variant_without_tuning_of_its_own_runs_with_its_methods_at_the_same_b
     for batch, lr in ((None, 0.3), (128, 0.07)):
         config = setting_config("laptop", Setting("muon_search", batch))
         assert config.method.inner.lr == lr and config.method.line_search is not None
-    assert list(tuned_settings("line_search", "laptop"))[3:] == ["muon", "soap", "adamw"]
+    assert list(tuned_settings("line_search", "laptop"))[2:] == ["muon", "soap", "adamw"]
 
 
 def test_a_variant_may_take_twice_the_steps_of_its_method() -> None:
