@@ -38,6 +38,7 @@ FIGURES: dict[str, tuple[str, Table]] = {  # notebook -> study, table
     "06_schedules": ("schedules", results.steps_to_target),
     "07_line_search": ("line_search", curves),
     "08_inner_solver": ("inner_solver", curves),
+    "09_stateless_optimizers": ("stateless", curves),
 }
 DRAWN: dict[str, dict[str, list[str] | None]] = {  # profile -> notebook -> methods; None is all
     "laptop": dict.fromkeys(FIGURES),

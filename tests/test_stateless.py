@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from cases import ListStream
@@ -61,21 +59,3 @@ def test_step_times_are_a_table_of_methods_by_sizes() -> None:
     times = step_times(["sgd", "sinkgd"], [4, 8], steps=1)
     assert list(times.index) == ["SGD", "SinkGD"] and list(times.columns) == [4, 8]
     assert (times > 0).all().all()
-
-
-def test_the_notebook_trains_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import papermill
-
-    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
-    monkeypatch.delenv("CI", raising=False)
-    monkeypatch.delenv("GNLIB_DATA", raising=False)
-    papermill.execute_notebook(
-        Path(__file__).parents[1] / "notebooks" / "09_stateless_optimizers.ipynb",
-        tmp_path / "executed.ipynb",
-        {"profile": "tiny", "seeds": [1], "rerun": True, "methods": ["sinkgd", "adam"], "sizes": [8, 16]},
-        kernel_name="python3",
-        progress_bar=False,
-    )
-    written = {path.name for path in (tmp_path / "figures" / "tiny").iterdir()}
-    assert written == {f"09_stateless_optimizers.{suffix}" for suffix in ("png", "pdf", "csv")}
-    assert len(list((tmp_path / "data" / "runs").glob("*/record.jsonl"))) == 3  # with their start
