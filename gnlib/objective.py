@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gnlib.config import MethodConfig
-from gnlib.linearise import Linearisation, Parameters, linearise
+from gnlib.linearise import Linearisation, Parameters, linearise, outputs_of
 from gnlib.losses import ConvexLoss
 
 
@@ -46,7 +46,7 @@ class TrueLoss:
         self._value = torch.compile(self._value_at) if compiled else self._value_at
 
     def _value_at(self, model: nn.Module, point: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.loss.value(torch.func.functional_call(model, point, (inputs,)), targets)
+        return self.loss.value(outputs_of(model, inputs, point), targets)
 
     def evaluate(
         self, model: nn.Module, points: Sequence[Parameters], inputs: Tensor, targets: Tensor
@@ -96,7 +96,7 @@ class LinearisedObjective:
         return Evaluation(value, loss, gradient, here.forward_units(list(delta)))
 
 
-class GaussNewton(LinearisedObjective):
+class GaussNewtonObjective(LinearisedObjective):
     """L(z) + g.v + 1/2 v.Hv: minimised by theta_t - G^(-1) grad, G = J^T H J."""
 
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ class GaussNewton(LinearisedObjective):
         return self.loss.value(z, y) + (g * v).sum() + 0.5 * (hv * v).sum(), g + hv
 
 
-class ProxLinear(LinearisedObjective):
+class ProxLinearObjective(LinearisedObjective):
     """L(z + v, y): the linearised model under the whole loss, with its higher-order terms."""
 
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def forward_loss(loss: ConvexLoss, compiled: bool = False) -> Callable[[nn.Modul
     """(model, inputs, targets) -> L, for evaluation and line search."""
 
     def value(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        return loss.value(model(inputs), targets)
+        return loss.value(outputs_of(model, inputs), targets)
 
     return torch.compile(value) if compiled else value
 
@@ -132,5 +132,5 @@ def build_objective(method: MethodConfig, loss: ConvexLoss, compiled: bool = Fal
     """The objective that a method's inner solver minimises."""
     if method.objective == "loss":
         return TrueLoss(loss, compiled)
-    kind = {"gauss_newton": GaussNewton, "prox_linear": ProxLinear}[method.objective]
+    kind = {"gauss_newton": GaussNewtonObjective, "prox_linear": ProxLinearObjective}[method.objective]
     return kind(loss, method.ridge, compiled)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gnlib.blocks import hidden_matrices, partition
-from gnlib.config import RunConfig
+from gnlib.config import ComputeConfig, MethodConfig
 from gnlib.line_search import line_search, move
 from gnlib.losses import ConvexLoss
 from gnlib.objective import build_objective, forward_loss
@@ -36,16 +36,32 @@ class Stream(Protocol):
     def take(self, count: int, purpose: Purpose = "train") -> tuple[Tensor, Tensor]: ...
 
 
+class StepConfig(Protocol):
+    """What an outer step needs to know of a run (`gnlib.config.RunConfig`)."""
+
+    @property
+    def method(self) -> MethodConfig: ...
+
+    @property
+    def compute(self) -> ComputeConfig: ...
+
+    @property
+    def outer_batch(self) -> int: ...
+
+    @property
+    def outer_steps(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class StepInfo:
-    """What one outer step did."""
+    """What one outer step did. Losses are in the loss's unit: nats per token for the language model."""
 
     train_loss: float
-    """Mean loss at theta_t over the step's training batches, nats per token."""
+    """Mean loss at theta_t over the step's training batches."""
     step_size: float
-    """alpha."""
+    """alpha; 1 without a line search."""
     search_gain: float | None
-    """Search loss at theta_t minus at theta_{t+1}, nats per token; None without a search that includes 0."""
+    """Search loss at theta_t minus at theta_{t+1}; None without a search that includes 0."""
     forward_passes: float
     """Matmul cost, in forward passes of one sequence."""
 
@@ -57,7 +73,7 @@ class OuterStep:
     (warm start) or start afresh; a baseline always starts at theta_t and keeps its optimiser's state.
     """
 
-    def __init__(self, model: nn.Module, loss: ConvexLoss, config: RunConfig) -> None:
+    def __init__(self, model: nn.Module, loss: ConvexLoss, config: StepConfig) -> None:
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
         self.forward_loss = forward_loss(loss, config.compute.compile)
@@ -71,6 +87,12 @@ class OuterStep:
         hidden = hidden_matrices(self.model)
         return [Solver({n: self.solution[n] for n in block}, hidden, self.config.method.inner) for block in self.blocks]
 
+    @property
+    def search_sequences(self) -> int:
+        """What the line search of one outer step reads, at least; 0 without one."""
+        search = self.config.method.line_search
+        return max(1, round(search.fraction * self.config.outer_batch)) if search else 0
+
     def step(self, stream: Stream) -> StepInfo:
         """One outer step on fresh batches of `stream`; the model ends at theta_{t+1}."""
         anchor = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -81,8 +103,7 @@ class OuterStep:
             move(self.model, anchor, self.solution, 1.0)
             step_size, gain = 1.0, None
         else:
-            sequences = max(1, round(search.fraction * self.config.outer_batch))
-            batches = self._micro_batches(stream, sequences, "search")
+            batches = self._micro_batches(stream, self.search_sequences, "search")
             with matmul_precision(self.config.compute, self.device):
                 found = line_search(self.model, self.forward_loss, anchor, self.solution, batches, search)
             step_size = found.step_size
@@ -107,27 +128,27 @@ class OuterStep:
         losses, passes = [], 0.0
         for index in range(inner.steps):
             factor = learning_rate_factor(inner, self.done, index, self.config.outer_steps)
-            gradients, loss, units = self._gradients(stream, size)
+            gradients, loss, cost = self._gradients(stream, size)
             for solver, gradient in zip(self.solvers, gradients, strict=True):
                 solver.step(gradient, factor)
             losses.append(loss)
-            passes += units * size
+            passes += cost
         return torch.stack(losses).double().mean().item(), passes
 
     def _gradients(self, stream: Stream, sequences: int) -> tuple[list[dict[str, Tensor]], Tensor, float]:
-        """Each block's gradient on the same fresh batch, the mean loss, and the cost per sequence."""
+        """Each block's gradient on the same fresh batch, the mean loss, and the cost."""
         points = [{name: self.solution[name].detach() for name in block} for block in self.blocks]
         totals: list[dict[str, Tensor]] = []
-        loss, units = torch.zeros((), device=self.device), 0.0
+        loss, cost = torch.zeros((), device=self.device), 0.0
         batches = list(self._micro_batches(stream, sequences, "train"))
         for inputs, targets in batches:
             with matmul_precision(self.config.compute, self.device):
                 evaluations = self.objective.evaluate(self.model, points, inputs, targets)
-            units = sum(e.forward_units for e in evaluations)
+            cost += sum(e.forward_units for e in evaluations) * len(inputs)
             loss = loss + evaluations[0].loss / len(batches)
             gradients = [e.gradient for e in evaluations]
             totals = gradients if not totals else [_summed(t, g) for t, g in zip(totals, gradients, strict=True)]
-        return [{name: g / len(batches) for name, g in total.items()} for total in totals], loss, units
+        return [{name: g / len(batches) for name, g in total.items()} for total in totals], loss, cost
 
     def _micro_batches(self, stream: Stream, sequences: int, purpose: Purpose) -> Iterator[tuple[Tensor, Tensor]]:
         """Equal batches of at most `compute.micro_batch` sequences, so that the mean of means is the mean.
