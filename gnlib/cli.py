@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from gnlib import claims as claim_rows
+from gnlib import compare as comparing
 from gnlib import export as exports
 from gnlib import readme as readme_table
 from gnlib.config import ConfigError, RunConfig
@@ -125,6 +127,36 @@ def tune(
 
 
 @app.command
+def compare(
+    optimizer: Name,
+    profile: str = "laptop",
+    kwargs: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (),
+    batches: tuple[int, ...] = (),
+    trials: int = comparing.TRIALS,
+    fresh: bool = False,
+    jobs: int | None = None,
+) -> None:
+    """Tune an optimiser of your own and compare it with Gauss-Newton and the best baseline, with a figure.
+
+    Args:
+        optimizer: The import path of a torch.optim.Optimizer class; modules in this directory are found.
+        profile: A name listed by `gnlib profiles`.
+        kwargs: Its arguments, e.g. momentum=0.9; lr is where the search starts.
+        seeds: Data orders; the profile's first by default.
+        batches: Sequences per step; the profile's outer batch and a sixteenth of it by default.
+        trials: Tuning runs at each batch, in pairs.
+        fresh: Do not count shipped records as done.
+        jobs: Runs at a time; one per core or GPU by default.
+    """
+    arguments = dict(_assignment(text, "--kwargs") for text in kwargs)
+    found = comparing.compare(optimizer, profile, arguments, seeds, batches, trials, fresh, True, jobs)
+    print(comparing.table(found).to_string())
+    print(*comparing.notes(found), sep="\n")
+    print(f"figure: {comparing.save(found) / profile}.png")
+
+
+@app.command
 def claims(profile: str = "laptop", fresh: bool = False, seeds: tuple[int, ...] = (), json: bool = False) -> None:
     """Compare the paper's claims with the records, row by row.
 
@@ -156,10 +188,10 @@ def readme() -> None:
     readme_table.update()
 
 
-def _assignment(text: str) -> tuple[str, object]:
+def _assignment(text: str, option: str = "--set") -> tuple[str, object]:
     field, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"--set {text}: expected field=value")
+        raise ConfigError(f"{option} {text}: expected field=value")
     try:
         return field, json.loads(value)
     except json.JSONDecodeError:
@@ -172,6 +204,8 @@ def _dumps(tree: object) -> str:
 
 def main() -> None:
     """Entry point of the `gnlib` command."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # a user's own optimisers, as `python -m gnlib` finds them
     try:
         app.cli(prog="gnlib", description="Full Gauss-Newton as the oracle for language-model optimisers.")
     except (ConfigError, StudyError, OSError) as error:
