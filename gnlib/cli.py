@@ -184,7 +184,7 @@ def verify() -> None:
 
 @app.command
 def readme() -> None:
-    """Bring the claims table in README.md up to date with the shipped records."""
+    """Bring the claims table in README.md and docs/api.md up to date with records and docstrings."""
     readme_table.update()
 
 

@@ -92,7 +92,8 @@ def compare(
         start = scaled(start, size)
         axes = _axes(profile, start)
         config = partial(_trial, profile, start)
-        walked = search(axes, find_profile(profile).target, config, run, rounds=math.ceil(trials / WIDTH), width=WIDTH)
+        rounds, width = math.ceil(trials / WIDTH), min(trials, WIDTH)
+        walked = search(axes, find_profile(profile).target, config, run, rounds=rounds, width=width)
         searches[size] = (axes, walked)
         start |= entry_of(axes, walked)["settings"]
         finals += [_config(profile, start, seed) for seed in seeds]
@@ -115,10 +116,11 @@ def start_of(path: str, profile: str, kwargs: Mapping[str, Any]) -> Changes:
         raise ConfigError(f"kwargs: {kind.__name__} takes no {unknown[0]!r}; allowed: {', '.join(known)}")
     if "lr" not in known:
         raise ConfigError(f"{path}: it takes no lr, which is what is tuned")
-    own = {name: known[name] for name in ("weight_decay", "betas") if name in known} | dict(kwargs)
+    decay, betas = known.get("weight_decay"), known.get("betas")
+    own = {"weight_decay": decay} if isinstance(decay, (int, float)) else {}
+    own |= {"betas": betas} if isinstance(betas, tuple) and len(betas) == 2 else {}  # see optimizers.construct
+    own |= kwargs
     fields = {name: own.pop(name) for name in ("lr", "weight_decay", "betas") if name in own}
-    if len(fields.get("betas", (0, 0))) != 2:
-        del fields["betas"]  # the class keeps its own, see optimizers.construct
     adamw = run_config(profile, "adamw", use_tuned=False)
     start = {
         "method.inner.optimizer": path,
@@ -185,9 +187,9 @@ def _references(profile: str, batch: int, seeds: Sequence[int], fresh: bool) -> 
 
 
 def best_baseline(references: Sequence[Record], target: float) -> str:
-    """Label of the baseline that reaches the target in the fewest steps on average; `none` without one."""
+    """Label of the baseline that reaches the target in the fewest steps on average; empty without one."""
     groups = by_method(references)
-    steps = {"none": math.inf}
+    steps = {"": math.inf}
     for label in (method.label for method in METHODS.values() if not method.is_gauss_newton):
         reached = [crossing(record, target) for record in groups.get(label, [])]
         if reached and not any(c.censored for c in reached):
@@ -210,7 +212,7 @@ def table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
 def _rows(comparison: Comparison) -> list[dict[str, Any]]:
     target, groups = find_profile(comparison.profile).target, by_method(comparison.references)
     best = best_baseline(comparison.references, target)
-    shown_as = {"GN": "GN", "Layerwise GN": "Layerwise GN", best: f"{best}, the best baseline"}
+    shown_as = {"GN": "GN", "Layerwise GN": "Layerwise GN", best: f"{best}, best baseline".removeprefix(", ")}
     rows = []
     for name, shown in shown_as.items():
         runs = groups.get(name, [])

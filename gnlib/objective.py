@@ -39,7 +39,7 @@ class Objective(Protocol):
 
 
 class TrueLoss:
-    """L(f(theta), y) by ordinary backpropagation."""
+    """L(f(theta), y) by ordinary backpropagation: what a baseline minimises, in the unit of the loss."""
 
     def __init__(self, loss: ConvexLoss, compiled: bool = False) -> None:
         self.loss = loss
@@ -97,7 +97,10 @@ class LinearisedObjective:
 
 
 class GaussNewtonObjective(LinearisedObjective):
-    """L(z) + g.v + 1/2 v.Hv: minimised by theta_t - G^(-1) grad, G = J^T H J."""
+    """L(z) + g.v + 1/2 v.Hv: minimised by theta_t - G^(-1) grad, G = J^T H J (arXiv 2510.09378, section 3).
+
+    v = J (theta - theta_t) has the shape of the outputs z. `ridge` lambda adds lambda * sum of mean(delta^2).
+    """
 
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         g, hv = self.loss.gradient(z, y), self.loss.hessian_product(z, y, v)
@@ -105,7 +108,7 @@ class GaussNewtonObjective(LinearisedObjective):
 
 
 class ProxLinearObjective(LinearisedObjective):
-    """L(z + v, y): the linearised model under the whole loss, with its higher-order terms."""
+    """L(z + v, y): the linearised model under the whole loss, with its higher-order terms (section 3, as above)."""
 
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.loss.value(z + v, y), self.loss.gradient(z + v, y)
@@ -113,7 +116,10 @@ class ProxLinearObjective(LinearisedObjective):
 
 @torch.no_grad()
 def curvature_product(model: nn.Module, loss: ConvexLoss, delta: Parameters, inputs: Tensor, y: Tensor) -> Parameters:
-    """G delta = J^T H J delta on a batch:  delta -> J delta -> H J delta -> J^T H J delta."""
+    """G delta = J^T H J delta on a batch:  delta -> J delta -> H J delta -> J^T H J delta.
+
+    `delta` holds tensors of the parameters' shapes by name, as the result does; parameters without one are fixed.
+    """
     with torch.enable_grad():
         here = linearise(model, inputs)
     return here.pullback(loss.hessian_product(here.outputs.detach(), y, here.tangent(delta)), list(delta))
