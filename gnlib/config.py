@@ -87,8 +87,8 @@ class StartConfig(Section):
 class InnerConfig(Section):
     """The solver of an outer step's subproblem: `steps` optimiser steps on batches of outer_batch / steps sequences.
 
-    Weight decay, clipping and betas are by default those of the paper's 45M runs (arXiv 2510.09378, section 4); learning
-    rates are tuned by profile.
+    Weight decay, clipping and betas are by default those of the paper's 45M runs (arXiv 2510.09378, section 4);
+    learning rates are tuned by profile.
     """
 
     optimizer: str = "muon"

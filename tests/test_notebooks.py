@@ -67,6 +67,28 @@ def test_papermill_trains_what_is_missing_in_the_tiny_profile(tmp_path: Path, mo
     assert len(list((tmp_path / "data" / "runs").glob("*/record.jsonl"))) == 7  # six methods and their start
 
 
+def test_papermill_tunes_and_compares_an_optimiser_in_the_tiny_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At one batch with one trial; the references are trained too."""
+    import papermill
+
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("GNLIB_DATA", raising=False)
+    parameters = {"profile": "tiny", "seeds": [1], "methods": ["gauss_newton", "adamw"], "batches": [64], "trials": 1}
+    papermill.execute_notebook(
+        home_of_notebook("10_your_own_optimizer"),
+        tmp_path / "executed.ipynb",
+        parameters | {"optimizer": "torch.optim.Adagrad", "kwargs": {"lr": 0.1}, "rerun": True},
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    written = {path.name for path in (tmp_path / "figures" / "tiny").iterdir()}
+    assert written == {f"10_your_own_optimizer.{suffix}" for suffix in ("png", "pdf", "csv")}
+    assert len(list((tmp_path / "data" / "runs").glob("*/record.jsonl"))) == 5  # start, two references, trial, seed 1
+
+
 def home_of_notebook(stem: str) -> Path:
     return next(path for path in NOTEBOOKS if path.stem == stem)
 
