@@ -266,9 +266,9 @@ def save(comparisons: Sequence[Comparison]) -> Path:
     first = comparisons[0]
     shown = figure_table(comparisons)
     target = find_profile(first.profile).target
-    figure = plots.loss_by_batch(shown, target, f"{first.path}, {first.profile} profile")
+    figure = plots.curves_by_batch(shown, target, f"{first.path}, {first.profile} profile")
     folder = data_folder() / "compare" / first.path
-    plots.write(figure, shown, folder, first.profile)
+    plots.save(figure, shown, first.profile, first.profile, folder)
     report = {
         "ratios": table(comparisons).reset_index().to_dict("records"),
         "tuning": {c.tokens: entry_of(c.axes, c.trials) for c in comparisons},

@@ -36,66 +36,53 @@ def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", t
 
     with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
         figure, axes = plt.subplots(figsize=(WIDTH, 3.7), layout="constrained")
-        _panel(axes, curves, target, axis)
-        axes.set(ylabel="Validation loss (nats per token)")
-        axes.set_title(f"{title}\n{_seeds(curves)}", fontsize="medium")
+        order = [name for name in colours() if name in set(curves["method"])]
+        for name in order:
+            _band(axes, curves[curves["method"] == name], axis, name)
+        axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
+        axes.text(0.99, target, f"target {target:g}", ha="right", va="bottom", transform=axes.get_yaxis_transform())
+        n = curves.groupby("method")["seed"].nunique().max()
+        note = "1 seed" if n == 1 else f"mean of {n} seeds, band: lowest to highest"
+        axes.set(xlabel=AXES[axis], ylabel="Validation loss (nats per token)")
+        axes.set_title(f"{title}\n{note}", fontsize="medium")
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     plt.close(figure)  # the notebook shows the returned figure once
     return figure
 
 
-def loss_by_batch(curves: pd.DataFrame, target: float, title: str = "") -> Figure:
-    """Validation loss against outer step, a panel a batch size, the largest first."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    batches = sorted(set(curves["batch"]), reverse=True)
-    with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
-        size = (WIDTH if len(batches) == 1 else 1.5 * WIDTH, 3.7)
-        figure, panels = plt.subplots(
-            ncols=len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained"
-        )
-        for axes, batch in zip(panels[0], batches, strict=True):
-            _panel(axes, curves[curves["batch"] == batch], target, "outer_step")
-            axes.set_title(f"batch of {batch} tokens", fontsize="medium")
-        panels[0, 0].set(ylabel="Validation loss (nats per token)")
-        shown = {name: line for axes in panels[0] for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, frameon=False)
-        figure.suptitle(f"{title}\n{_seeds(curves)}", fontsize="medium")
-    plt.close(figure)
-    return figure
-
-
-def _panel(axes: Axes, curves: pd.DataFrame, target: float, axis: str) -> None:
-    """A line a method in the order of `profiles.METHODS`, your own last and black, and the target."""
-    present, known = set(curves["method"]), colours()
-    for name in [*(name for name in known if name in present), *sorted(present - known.keys())]:
-        _band(axes, curves[curves["method"] == name], axis, name, known.get(name, (0, 0, 0)))
-    axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
-    axes.text(0.99, target, f"target {target:g}", ha="right", va="bottom", transform=axes.get_yaxis_transform())
-    axes.set(xlabel=AXES[axis])
-
-
-def _seeds(curves: pd.DataFrame) -> str:
-    n = curves.groupby("method")["seed"].nunique().max()
-    return "1 seed" if n == 1 else f"mean of {n} seeds, band: lowest to highest"
-
-
-def _band(axes: Axes, frame: pd.DataFrame, axis: str, name: str, colour: tuple[float, float, float]) -> None:
+def _band(axes: Axes, frame: pd.DataFrame, axis: str, name: str) -> None:
     """Mean over the seeds that got as far; a run that ended early leaves the band."""
-    by_step = frame.groupby("outer_step")
+    by_step, colour = frame.groupby("outer_step"), colours().get(name, "black")  # your own is black
     x, loss = by_step[axis].mean(), by_step["val_loss"]
     axes.plot(x, loss.mean(), color=colour, label=name, marker="o", markersize=2.5, linewidth=1.2)
     axes.fill_between(x, loss.min(), loss.max(), color=colour, alpha=0.2, linewidth=0)
 
 
-def save(figure: Figure, table: pd.DataFrame, profile: str, stem: str) -> Path:
-    """Write figures/<profile>/<stem>.png, .pdf and .csv (the table behind the figure); returns the folder."""
-    return write(figure, table, home() / "figures" / profile, stem)
+def curves_by_batch(curves: pd.DataFrame, target: float, title: str = "") -> Figure:
+    """Validation loss against outer step, a panel a batch size, the largest first."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    batches, present = sorted(set(curves["batch"]), reverse=True), set(curves["method"])
+    size, known = (WIDTH if len(batches) == 1 else 1.5 * WIDTH, 3.7), colours()
+    with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
+        figure, row = plt.subplots(ncols=len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axes, batch in zip(row[0], batches, strict=True):
+            for name in [*(name for name in known if name in present), *sorted(present - known.keys())]:
+                _band(axes, curves[(curves["method"] == name) & (curves["batch"] == batch)], "outer_step", name)
+            axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
+            axes.set(xlabel=AXES["outer_step"])
+            axes.set_title(f"batch of {batch} tokens", fontsize="medium")
+        row[0, 0].set(ylabel="Validation loss (nats per token)")
+        figure.legend(*row[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        figure.suptitle(f"{title}, target {target:g}", fontsize="medium")
+    plt.close(figure)
+    return figure
 
 
-def write(figure: Figure, table: pd.DataFrame, folder: Path, stem: str) -> Path:
-    """The same in another folder."""
+def save(figure: Figure, table: pd.DataFrame, profile: str, stem: str, folder: Path | None = None) -> Path:
+    """Write figures/<profile>/<stem>.png, .pdf and .csv (the table behind the figure), or into `folder`; returns it."""
+    folder = folder or home() / "figures" / profile
     # no dates: the same records give the same bytes
     for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         with replacing(folder / f"{stem}.{suffix}") as temporary:
