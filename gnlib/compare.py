@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,25 +86,19 @@ def compare(
         _try_out(_config(profile, scaled(start, size), SEED), path)
     command = f"gnlib compare {path} --profile {profile}"
     run = partial(run_study, profile=profile, fresh=fresh, allow_run=allow_run, jobs=jobs, command=command)
-    searches: dict[int, tuple[list[Axis], Trials]] = {}
+    searches: list[tuple[list[Axis], Trials]] = []
     finals: list[RunConfig] = []
     for size in sizes:  # each starts from what was best at the larger one
         start = scaled(start, size)
-        axes = _axes(profile, start)
-        config = partial(_trial, profile, start)
-        rounds, width = math.ceil(trials / WIDTH), min(trials, WIDTH)
-        walked = search(axes, find_profile(profile).target, config, run, rounds=rounds, width=width)
-        searches[size] = (axes, walked)
-        start |= entry_of(axes, walked)["settings"]
+        searches.append(_walk(profile, start, trials, run))
+        start |= entry_of(*searches[-1])["settings"]
         finals += [_config(profile, start, seed) for seed in seeds]
     records = run(finals)
+    parts = [records[i : i + len(seeds)] for i in range(0, len(records), len(seeds))]
     return [
-        Comparison(
-            path, profile, size, *searches[size], [r for r in records if r.config.outer_batch == size],
-            *_references(profile, size, seeds, fresh),
-        )
-        for size in sizes
-    ]  # fmt: skip
+        Comparison(path, profile, size, *walked, part, *_references(profile, size, seeds, fresh))
+        for size, walked, part in zip(sizes, searches, parts, strict=True)
+    ]
 
 
 def start_of(path: str, profile: str, kwargs: Mapping[str, Any]) -> Changes:
@@ -117,7 +111,7 @@ def start_of(path: str, profile: str, kwargs: Mapping[str, Any]) -> Changes:
     if "lr" not in known:
         raise ConfigError(f"{path}: it takes no lr, which is what is tuned")
     decay, betas = known.get("weight_decay"), known.get("betas")
-    own = {"weight_decay": decay} if isinstance(decay, (int, float)) else {}
+    own: dict[str, Any] = {"weight_decay": decay} if isinstance(decay, (int, float)) else {}
     own |= {"betas": betas} if isinstance(betas, tuple) and len(betas) == 2 else {}  # see optimizers.construct
     own |= kwargs
     fields = {name: own.pop(name) for name in ("lr", "weight_decay", "betas") if name in own}
@@ -147,22 +141,26 @@ def _sizes(profile: str) -> tuple[int, int]:
     return whole, max(1, whole // SMALL)
 
 
-def _axes(profile: str, start: Changes) -> list[Axis]:
-    """Learning rate, run length, warm-up; the profile's cap on the length grows as the length itself."""
+def _walk(
+    profile: str, start: Changes, trials: int, run: Callable[[list[RunConfig]], list[Record]]
+) -> tuple[list[Axis], Trials]:
+    """Over learning rate, run length and warm-up; the profile's cap on the length grows as the length itself."""
     most = find_profile(profile).most_steps[1] * math.sqrt(_sizes(profile)[0] / start["outer_batch"])
-    return [
+    axes = [
         geometric(RATE, start[RATE]),
         ladder(LENGTH, start[LENGTH], STEPS, round(most)),
         ladder(WARMUP, start[WARMUP], WARMUPS, round(most)),
     ]
 
+    def config(settings: Changes) -> RunConfig:
+        return _config(profile, start | settings, SEED)
+
+    rounds, width = math.ceil(trials / WIDTH), min(trials, WIDTH)
+    return axes, search(axes, find_profile(profile).target, config, run, rounds=rounds, width=width)
+
 
 def _config(profile: str, changes: Changes, seed: int) -> RunConfig:
     return run_config(profile, "adamw", seed, changes, use_tuned=False)
-
-
-def _trial(profile: str, start: Changes, settings: Changes) -> RunConfig:
-    return _config(profile, start | settings, SEED)
 
 
 def _try_out(config: RunConfig, path: str) -> None:
@@ -180,10 +178,11 @@ def _try_out(config: RunConfig, path: str) -> None:
 
 
 def _references(profile: str, batch: int, seeds: Sequence[int], fresh: bool) -> tuple[list[Record], str]:
-    """Records of the paper's methods at this batch, and the study that makes them."""
+    """Records of the paper's methods at this batch, with `fresh` rather those of data/runs, and their study."""
     study = "iteration_complexity" if batch == _sizes(profile)[0] else "critical_batch_size"
     wanted = [c for c in study_configs(study, profile, seeds) if c.outer_batch == batch] if study in STUDIES else []
-    return [record for record in find(wanted, profile, fresh) if record is not None], study
+    pairs = zip(find(wanted, profile, fresh), find(wanted, profile), strict=True)
+    return [record for pair in pairs if (record := pair[0] or pair[1])], study
 
 
 def best_baseline(references: Sequence[Record], target: float) -> str:

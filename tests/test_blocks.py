@@ -88,7 +88,7 @@ def test_the_layers_of_a_foreign_module_are_its_children_and_the_members_of_its_
 
 def test_a_child_with_a_list_of_blocks_is_a_trunk_whose_parts_are_layers_and_a_block_stays_whole() -> None:
     """Also where a block has lists and sequences of its own."""
-    block = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)] * 1), "mlp": nn.Sequential(nn.Linear(4, 4))})
+    block = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)]), "mlp": nn.Sequential(nn.Linear(4, 4))})
     trunk = nn.ModuleDict({"embed": nn.Embedding(5, 4), "h": nn.ModuleList([block]), "norm": nn.LayerNorm(4)})
     layers = partition(nn.ModuleDict({"trunk": trunk, "head": nn.Linear(4, 5)}), "layerwise")
     assert [layer[0] for layer in layers] == [
