@@ -14,7 +14,8 @@ WORKERS ?= 2
 # What the targets run
 STUDY = iteration_complexity
 NOTEBOOK = 01_iteration_complexity
-STUDIES = iteration_complexity
+STUDIES = iteration_complexity critical_batch_size fixed_budget prox_linear layerwise schedules line_search inner_solver \
+	stateless
 SEEDS = 1
 GNLIB = $(BIN)/gnlib
 PAPERMILL = $(BIN)/papermill --kernel python3 -p profile $(PROFILE)
@@ -62,17 +63,19 @@ reproduce-all: setup ## the same for every study and notebook
 		$(PAPERMILL) -p rerun True "$$notebook" "$(EXECUTED)/$${notebook##*/}" || exit 1; done
 	$(GNLIB) claims --profile $(PROFILE) --fresh
 
-figures: setup ## draw every figure of PROFILE again from its records, by the notebooks; trains nothing
+figures: setup ## draw every figure of PROFILE again from its records, by the notebooks, and print the claims; trains nothing
 	@mkdir -p $(EXECUTED)
-	for notebook in notebooks/*.ipynb; do \
-		CI=true $(PAPERMILL) "$$notebook" "$(EXECUTED)/$${notebook##*/}" || exit 1; done
+	@failed=; for notebook in notebooks/*.ipynb; do \
+		CI=true $(PAPERMILL) "$$notebook" "$(EXECUTED)/$${notebook##*/}" || failed="$$failed $${notebook##*/}"; done; \
+	$(GNLIB) claims --profile $(PROFILE); \
+	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 notebooks: setup ## execute the notebooks in place, from the records, for the commit
 	CI=true $(BIN)/jupyter-execute --inplace --kernel_name=python3 notebooks/*.ipynb
 	$(BIN)/nbstripout --keep-output --keep-count --keep-id notebooks/*.ipynb
 
-tune: setup ## search the learning rates of PROFILE
-	$(GNLIB) tune --profile $(PROFILE)
+tune: setup ## search the learning rates of every study of PROFILE (hours)
+	for study in $(STUDIES); do $(GNLIB) tune --study $$study --profile $(PROFILE) || exit 1; done
 
 test: export CI = true
 test: export OMP_NUM_THREADS = 1

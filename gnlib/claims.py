@@ -6,15 +6,18 @@ Sources: arXiv 2510.09378, sections 1 and 5. Whether a claim holds is decided by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gnlib.profiles import METHODS, find_profile, tuning
-from gnlib.record import Record
-from gnlib.results import Crossing, Estimate, by_method, crossing, estimate, ratio
-from gnlib.studies import study_configs
-from gnlib.study import StudyError, find
+from gnlib import measures
+from gnlib.measures import BASELINES, Measure
+from gnlib.profiles import find_profile, tuning
+from gnlib.results import Estimate, by_method
+from gnlib.stateless import tokens_to_final_loss
+from gnlib.studies import STUDIES, present_records, study_runs
+from gnlib.study import StudyError
+from gnlib.variants import find_setting, key
 
 NOT_RUN = "not run"
 NOT_INTERIOR = "†"
@@ -39,10 +42,6 @@ class Claim:
         return self.holds if isinstance(self.holds, str) else ("yes" if self.holds else "NO")
 
 
-Groups = dict[str, list[Record]]  # method label -> records
-Measure = Callable[[Groups, float], Estimate]  # groups, target loss -> figure
-
-
 @dataclass(frozen=True)
 class Question:
     """A claim before it is answered."""
@@ -52,7 +51,7 @@ class Question:
     unit: str
     study: str
     methods: tuple[str, ...] = ()
-    """Names of `profiles.METHODS` whose records it needs, on every seed."""
+    """The study's methods and variants whose records it needs, on every seed and batch."""
     measure: Measure | None = None
     """None: there is no study for it yet."""
     at_least: float | None = None
@@ -62,14 +61,14 @@ class Question:
         unanswered = Claim(self.claim, self.paper, None, 0, self.unit, NOT_RUN)
         if self.measure is None:
             return unanswered
-        configs = study_configs(self.study, profile, seeds, self.methods)
-        present = [record for record in find(configs, profile, fresh) if record is not None]
-        if len(present) < len(configs):
+        present = present_records(self.study, profile, seeds, self.methods, fresh)
+        if present is None:
             return unanswered
         if len({record.config.data.fingerprint for record in present}) > 1:
             raise StudyError(f"{self.study}, profile {profile}: its records come from different texts; see --fresh")
         found = self.measure(by_method(present), find_profile(profile).target)
-        mark = "" if all(tuning(profile, name).get("interior") for name in self.methods) else f" {NOT_INTERIOR}"
+        keys = {key(profile, run.setting) for run in study_runs(self.study, profile, seeds, self.methods)}
+        mark = "" if all(tuning(profile, name).get("interior") for name in keys) else f" {NOT_INTERIOR}"
         return Claim(self.claim, self.paper, f"{found}{mark}", found.n, self.unit, self._holds(found))
 
     def _holds(self, found: Estimate) -> bool:
@@ -81,86 +80,134 @@ class Question:
         return self.at_most is None or (found.mean <= self.at_most and not found.censored)
 
 
-def _steps(c: Crossing) -> float:
-    return c.steps
+def _steps_claim(
+    claim: str, paper: str, study: str, method: str, reference: str = "gauss_newton", **bound: float
+) -> Question:
+    """A claim about the steps of one method over those of another, at the profile's outer batch."""
+    unit = f"steps to target / {find_setting(reference).label}'s"
+    measure = measures.step_ratio(method, reference)
+    return Question(claim, paper, unit, study, (reference, method), measure, **bound)
 
 
-def step_ratio(method: str, reference: str = "gauss_newton") -> Measure:
-    """Steps to target of one method over another's."""
-    above, below = METHODS[method].label, METHODS[reference].label
-    return lambda groups, target: ratio(groups[above], groups[below], target, _steps)
+def _tokens_claim(claim: str, paper: str, method: str, **bound: float) -> Question:
+    """A claim about the tokens of a method to Adam's final loss (arXiv 2502.06742, 2412.13148)."""
+    measure = tokens_to_final_loss(method, "adam")
+    return Question(claim, paper, "tokens / Adam's", "stateless", (method, "adam"), measure, **bound)
 
 
-def best_baseline_ratio(groups: Groups, target: float) -> Estimate:
-    """Steps to target of the baseline that is fastest on average, over Gauss-Newton's; a diverged one is never it."""
-    sound = [name for name in _BASELINES if all(r.status == "finished" for r in groups[METHODS[name].label])]
-    ratios = [step_ratio(name)(groups, target) for name in sound] or [Estimate(math.nan, None, 0)]
-    return min(ratios, key=lambda r: math.inf if math.isnan(r.mean) else r.mean)
-
-
-def early_lead(groups: Groups, target: float) -> Estimate:
-    """Share of the way from start to target that the best baseline has made by the step at which GN has made half."""
-    newton = {record.config.seed: record for record in groups["GN"]}
-    others = [record for name in _BASELINES for record in groups[METHODS[name].label]]
-    shares = []
-    for seed, record in newton.items():
-        start = record.rows[0]["val_loss"] or math.nan
-        half_way = crossing(record, (start + target) / 2)
-        losses = [_loss_at(other, half_way.steps) for other in others if other.config.seed == seed]
-        shares.append(math.nan if half_way.censored else (start - min(losses)) / (start - target))
-    return estimate(shares)
-
-
-def _loss_at(record: Record, step: float) -> float:
-    """Validation loss at a step between two evaluations, by linear interpolation; inf once diverged."""
-    for before, after in zip(record.rows, record.rows[1:], strict=False):
-        if before["outer_step"] <= step <= after["outer_step"]:
-            high, low = before["val_loss"], after["val_loss"]
-            if high is None or low is None:
-                return math.inf
-            return high + (low - high) * (step - before["outer_step"]) / (after["outer_step"] - before["outer_step"])
-    return record.rows[-1]["val_loss"] or math.inf
-
-
-_BASELINES = tuple(name for name, method in METHODS.items() if not method.is_gauss_newton)
-_RATIO = "steps to target / GN's"
-
-
-def _steps_claim(claim: str, paper: str, method: str, **bound: float) -> Question:
-    """A claim about the steps of one method over those of Gauss-Newton."""
-    methods = ("gauss_newton", method)
-    return Question(claim, paper, _RATIO, "iteration_complexity", methods, step_ratio(method), **bound)
-
-
+_STEPS = "iteration_complexity"
 QUESTIONS = (
     Question(
         "GN needs at least 3x fewer steps than the best tuned baseline",
         "5.4 (SOAP)",
-        _RATIO,
-        "iteration_complexity",
-        ("gauss_newton", *_BASELINES),
-        best_baseline_ratio,
+        "steps to target / GN's",
+        _STEPS,
+        ("gauss_newton", *BASELINES),
+        measures.best_baseline_ratio,
         at_least=3.0,
     ),
-    _steps_claim("SOAP needs at least 3x the steps of GN", "5.4", "soap", at_least=3.0),
-    _steps_claim("Muon needs at least 3x the steps of GN", "16", "muon", at_least=3.0),
-    _steps_claim("AdamW needs at least 3x the steps of GN", "> 16", "adamw", at_least=3.0),
-    _steps_claim("Layerwise GN needs at most 1.6x the steps of GN", "1.4", "layerwise", at_most=1.6),
-    _steps_claim("GN-prox-linear is close to GN: at most 1.3x its steps", "about 1", "prox_linear", at_most=1.3),
+    _steps_claim("SOAP needs at least 3x the steps of GN", "5.4", _STEPS, "soap", at_least=3.0),
+    _steps_claim("Muon needs at least 3x the steps of GN", "16", _STEPS, "muon", at_least=3.0),
+    _steps_claim("AdamW needs at least 3x the steps of GN", "> 16", _STEPS, "adamw", at_least=3.0),
+    _steps_claim("Layerwise GN needs at most 1.6x the steps of GN", "1.4", _STEPS, "layerwise", at_most=1.6),
+    _steps_claim(
+        "GN-prox-linear is close to GN: at most 1.3x its steps", "about 1", _STEPS, "prox_linear", at_most=1.3
+    ),
     Question(
         "When GN is half-way to the target, the best baseline has gone at most a quarter",
         "barely moved",
         "share of the way from start to target",
-        "iteration_complexity",
-        ("gauss_newton", *_BASELINES),
-        early_lead,
+        _STEPS,
+        ("gauss_newton", *BASELINES),
+        measures.early_lead,
         at_most=0.25,
     ),
-    Question("Critical batch size: AdamW < SOAP, Muon < GN", "4M, 12M, > 40M", "tokens", "critical_batch_size"),
-    Question("Loss at a fixed token budget: GN ahead at large batches", "3.45 at 120M", "nats", "fixed_budget"),
-    Question("Muon is a better inner solver than AdamW", "better", "steps ratio", "inner_solver"),
-    Question("Line search and warm start are both needed", "both", "steps ratio", "line_search"),
+    Question(
+        "GN's critical batch is at least 3x that of SOAP and of Muon",
+        "> 3.3 (above 40M / 12M tokens)",
+        "critical batch / the larger of theirs",
+        "critical_batch_size",
+        ("gauss_newton", "soap", "muon"),
+        measures.critical_ratio("gauss_newton", ("soap", "muon")),
+        at_least=3.0,
+    ),
+    Question(
+        "AdamW's critical batch is below those of SOAP and of Muon",
+        "0.33 (4M / 12M tokens)",
+        "critical batch / the larger of theirs",
+        "critical_batch_size",
+        ("adamw", "soap", "muon"),
+        measures.critical_ratio("adamw", ("soap", "muon")),
+        at_most=1.0,
+    ),
+    Question(
+        "At a fixed token budget and the largest batch GN ends at least 0.1 nats below every baseline",
+        "about 1 (3.45 against > 4.4 for AdamW)",
+        "nats below the best baseline",
+        "fixed_budget",
+        ("gauss_newton", *BASELINES),
+        measures.budget_lead,
+        at_least=0.1,
+    ),
+    _steps_claim(
+        "GN-prox-linear needs no line search: without it at most 1.1x the steps",
+        "none needed",
+        "prox_linear",
+        "prox_linear_no_search",
+        "prox_linear",
+        at_most=1.1,
+    ),
+    Question(
+        "No other schedule beats the global cosine by more than 5 % at the profile's batch",
+        "global cosine best overall",
+        "best other schedule's steps / the global cosine's",
+        "schedules",
+        STUDIES["schedules"].methods,
+        measures.best_schedule_ratio("middle"),
+        at_least=0.95,
+    ),
+    Question(
+        "At the largest batch a cosine inside each outer step beats the global cosine",
+        "helps at large batches",
+        "constant + inner cosine's steps / the global cosine's",
+        "schedules",
+        ("gauss_newton", "constant_inner_cosine"),
+        measures.best_schedule_ratio("largest"),
+        at_most=1.0,
+    ),
+    _steps_claim(
+        "Line search is needed: without it GN takes at least 1.05x the steps",
+        "needed for stability",
+        "line_search",
+        "gauss_newton_no_search",
+        at_least=1.05,
+    ),
+    _steps_claim(
+        "Warm start is needed: without it GN takes at least 1.05x the steps",
+        "needed",
+        "line_search",
+        "cold_start",
+        at_least=1.05,
+    ),
+    Question(
+        "The line search explains little: given one, the best baseline still needs at least 3x GN's steps",
+        "left open",
+        "steps to target / GN's",
+        "line_search",
+        ("gauss_newton", *(f"{name}_search" for name in BASELINES)),
+        measures.best_searching_ratio,
+        at_least=3.0,
+    ),
+    _steps_claim(
+        "Muon is the better inner solver: with AdamW GN takes at least 1.05x the steps",
+        "better",
+        "inner_solver",
+        "inner_adamw",
+        at_least=1.05,
+    ),
     Question("A GN inner step costs about 1.5x a standard step", "1.5", "time ratio", "bench"),
+    _tokens_claim("SinkGD has Adam's final loss with at most 60 % of its tokens", "0.4", "sinkgd", at_most=0.6),
+    _tokens_claim("SWAN has Adam's final loss with at most 75 % of its tokens", "0.5", "swan", at_most=0.75),
 )
 
 

@@ -8,21 +8,27 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from tqdm import tqdm
 
+from gnlib import bench as benchmark
 from gnlib import claims as claim_rows
 from gnlib import compare as comparing
 from gnlib import export as exports
 from gnlib import readme as readme_table
 from gnlib.config import ConfigError, RunConfig
+from gnlib.files import replacing
+from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
-from gnlib.profiles import METHODS, PROFILES, find_method, find_profile, run_config
-from gnlib.studies import study_configs
-from gnlib.study import StudyError, describe, find, run_study, show_row
+from gnlib.profiles import METHODS, MORE_METHODS, PROFILES, find_profile, run_config, tuning
+from gnlib.studies import study_configs, tuned_settings
+from gnlib.study import StudyError, describe, expected, find, run_study, show_row
 from gnlib.train import run_folder
 from gnlib.train import train as train_run
+from gnlib.tune import command_for
 from gnlib.tune import tune as tune_method
+from gnlib.variants import VARIANTS, find_setting, key
 
 app = tyro.extras.SubcommandApp()
 Name = Annotated[str, tyro.conf.Positional]
@@ -30,10 +36,15 @@ Name = Annotated[str, tyro.conf.Positional]
 
 @app.command
 def profiles() -> None:
-    """List the profiles and the methods."""
+    """List the profiles, the methods and the optimisers with their sources."""
     for profile in PROFILES.values():
         print(f"{profile.name:12} {profile.summary}")
     print("methods:    ", ", ".join(METHODS))
+    print("variants:   ", ", ".join(VARIANTS))
+    print("by name too:", ", ".join(MORE_METHODS))
+    print("optimisers, also inside Gauss-Newton:")
+    for name, entry in registry.items():
+        print(f"  {name:17} {entry.source}")
 
 
 @app.command
@@ -79,51 +90,69 @@ def study(
     name: Name,
     profile: str = "laptop",
     seeds: tuple[int, ...] = (),
-    methods: tuple[str, ...] = tuple(METHODS),
+    methods: tuple[str, ...] = (),
     jobs: int | None = None,
     fresh: bool = False,
     dry_run: bool = False,
+    executor: str | None = None,
 ) -> None:
     """Run what is missing of a study.
 
     Args:
-        name: iteration_complexity.
+        name: A study, such as iteration_complexity.
         profile: A name listed by `gnlib profiles`.
         seeds: Data orders; the profile's own by default.
-        methods: Only these, of those listed by `gnlib profiles`.
+        methods: Only these methods or variants, of those listed by `gnlib profiles`; the study's own by default.
         jobs: Runs at a time; one per core or GPU by default.
         fresh: Do not count shipped records as done.
-        dry_run: Only say what exists and what is missing.
+        dry_run: Only say what exists, what is missing and what it would cost.
+        executor: processes, or inline for one after the other in this process.
     """
     configs = study_configs(name, profile, seeds, methods)
-    missing = [c for c, record in zip(configs, find(configs, profile, fresh), strict=True) if record is None]
-    print(f"{name}, profile {profile}: {len(configs)} runs, {len(missing)} to run", flush=True)
+    records = find(configs, profile, fresh)
+    missing = [config for config, record in zip(configs, records, strict=True) if record is None]
+    print(f"{name}, profile {profile}: {len(configs)} runs, {expected(missing, profile, jobs)}", flush=True)
     if dry_run:
         for config in missing:
             print(f"  {describe(config)}, {config.outer_steps} steps of {config.outer_batch_tokens} tokens")
     else:
-        run_study(configs, profile, fresh, allow_run=True, jobs=jobs)
+        run_study(configs, profile, fresh, allow_run=True, jobs=jobs, executor=executor)
 
 
 @app.command
 def tune(
-    profile: str = "laptop", methods: tuple[str, ...] = tuple(METHODS), jobs: int | None = None, no_run: bool = False
+    profile: str = "laptop",
+    methods: tuple[str, ...] = tuple(METHODS),
+    batch: int | None = None,
+    budget: bool = False,
+    study: str | None = None,
+    jobs: int | None = None,
+    no_run: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Tune methods until each optimum is interior to its grid, and write the profile's tuned.json.
 
     Args:
         profile: A name listed by `gnlib profiles`.
-        methods: Names listed by `gnlib profiles`; all by default.
+        methods: Names listed by `gnlib profiles`; all methods by default.
+        batch: Sequences of the outer batch; the profile's own by default.
+        budget: For the loss at the profile's token budget, not for steps to its target.
+        study: All that this study needs, instead of methods, batch and budget.
         jobs: Runs at a time; one per core or GPU by default.
         no_run: Only read the records there are.
+        dry_run: Only print a command for each, to be run apart, and whether tuned.json has it.
     """
     find_profile(profile)
-    for method in methods:  # all names before the first hour
-        find_method(method)
-    for method in methods:
-        entry = tune_method(profile, method, jobs, allow_run=not no_run)
+    settings = [find_setting(name, batch, budget) for name in methods]  # all names before the first hour
+    for setting in tuned_settings(study, profile).values() if study else settings:
+        if dry_run:
+            interior = tuning(profile, key(profile, setting)).get("interior")
+            state = {None: "missing", True: "interior", False: "not interior"}[interior]
+            print(f"{command_for(profile, setting)}  # {state}")
+            continue
+        entry = tune_method(profile, setting, jobs, allow_run=not no_run)
         where = "interior" if entry["interior"] else "NOT interior"
-        print(f"{method}: {entry['settings']}, {where} among {len(entry['trials'])} trials")
+        print(f"{key(profile, setting)}: {entry['settings']}, {where} among {len(entry['trials'])} trials", flush=True)
 
 
 @app.command
@@ -186,6 +215,33 @@ def verify() -> None:
 def readme() -> None:
     """Bring the claims table in README.md and docs/api.md up to date with records and docstrings."""
     readme_table.update()
+
+
+@app.command
+def bench(
+    size: tuple[str, ...] = ("laptop",),
+    precision: tuple[str, ...] = (),
+    methods: tuple[str, ...] = tuple(benchmark.METHODS),
+    steps: int = 20,
+    compile: bool | None = None,
+    json: Path | None = None,
+) -> None:
+    """Measure every method's inner step beside a standard AdamW step, in one process, on random tokens.
+
+    Args:
+        size: laptop, h200, 45m or 150m (tiny for tests); several may be given.
+        precision: fp32, tf32, bf16; bf16 on a GPU and fp32 on a CPU by default.
+        methods: standard, gn, prox_linear, layerwise, forward (the loss alone); standard always runs.
+        steps: Timed steps after 5 of warm-up; the median counts.
+        compile: torch.compile; on a GPU by default.
+        json: Where to write the rows as a list of objects.
+    """
+    chosen = precision or (("bf16",) if torch.cuda.is_available() else ("fp32",))
+    print(benchmark.as_text(None))
+    rows = benchmark.bench(size, chosen, methods, steps, compile, lambda row: print(benchmark.as_text(row), flush=True))
+    if json:
+        with replacing(json) as temporary:
+            temporary.write_text(_dumps(rows) + "\n")
 
 
 def _assignment(text: str, option: str = "--set") -> tuple[str, object]:

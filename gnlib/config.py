@@ -163,6 +163,8 @@ class EvaluationConfig(Section):
     """Validation sequences, the first ones of the held-out file, the same for every run."""
     average: float = Field(0.0, ge=0, lt=1)
     """Bias-corrected average of the parameters over outer steps that is evaluated; 0 evaluates the parameters."""
+    stop_below: float | None = None
+    """End the run at the first validation loss that is not above this, nats per token; None runs all outer steps."""
 
 
 class ComputeConfig(Section):

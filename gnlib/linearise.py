@@ -10,14 +10,15 @@ nn.Module, `torch.func.jvp`; the second is the readable reference that the tests
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gnlib import tangents
+from gnlib import head, tangents
+from gnlib.head import Expansion
 from gnlib.model import Block, Decoder
 
 Parameters = Mapping[str, Tensor]
@@ -57,10 +58,31 @@ class Linearisation:
 
     def pullback(self, cotangent: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """J^T u for the named parameters; may be called again."""
+        return self._gradients(self.outputs, cotangent, names, keep=True)
+
+    def _gradients(self, of: Tensor, cotangent: Tensor, names: Sequence[str], keep: bool) -> dict[str, Tensor]:
+        """The last pullback need not keep the graph, whose memory is freed as it goes."""
+        if not names:
+            return {}
         parameters = dict(self.model.named_parameters())
         chosen = [parameters[name] for name in names]
-        gradients = torch.autograd.grad(self.outputs, chosen, cotangent.to(self.outputs.dtype), retain_graph=True)
+        gradients = torch.autograd.grad(of, chosen, cotangent.view_as(of).to(of.dtype), retain_graph=keep)
         return dict(zip(names, gradients, strict=True))
+
+    def derivatives(
+        self, deltas: Sequence[Parameters], targets: Tensor, expansion: Expansion
+    ) -> tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]]]:
+        """L at the outputs z and, for each delta, the expansion's value at v = J delta and its gradient in delta.
+
+        delta -> v = J delta -> u of the expansion at (z, targets, v) -> J^T u. Ends the life of the graph.
+        """
+        z = self.outputs.detach()
+        found = []
+        for index, delta in enumerate(deltas):
+            loss, value, cotangent = expansion(z, targets, self.tangent(delta))
+            keep = index + 1 < len(deltas)
+            found.append((value, self._gradients(self.outputs, cotangent, list(delta), keep)))
+        return loss, found
 
     def forward_units(self, names: Sequence[str]) -> float:
         """Matmul cost of one tangent and one pullback for these parameters, in forward passes."""
@@ -73,7 +95,7 @@ class DecoderLinearisation(Linearisation):
     model: Decoder
 
     def __init__(self, model: Decoder, inputs: Tensor, compiled: bool = False) -> None:
-        self.model, self.inputs = model, inputs
+        self.model, self.inputs, self.compiled = model, inputs, compiled
         primal = _compiled(Block.primal) if compiled else Block.primal
         self.block_tangent = _compiled(tangents.block) if compiled else tangents.block
         self.rotation = model.rotation[:, : inputs.shape[1]]
@@ -83,12 +105,22 @@ class DecoderLinearisation(Linearisation):
             x, tape = primal(block, x, self.rotation)  # type: ignore[arg-type]
             self.tapes.append(tape)
         self.last = x.detach()
-        features = model.final_norm(x)
-        self.features = features.detach()
-        self.outputs = model.head(features)
+        self.features = model.final_norm(x)
+
+    @cached_property
+    def outputs(self) -> Tensor:  # type: ignore[override]
+        with torch.enable_grad():  # whoever asks first
+            return self.model.head(self.features)
 
     @torch.no_grad()
     def tangent(self, delta: Parameters) -> Tensor:
+        dx, dweight = self.feature_tangent(delta), delta.get("head.weight")
+        dlogits = tangents.linear(self.features, self.model.head.weight, dx, dweight)
+        return torch.zeros_like(self.outputs) if dlogits is None else dlogits
+
+    @torch.no_grad()
+    def feature_tangent(self, delta: Parameters) -> Tensor | None:
+        """[B, S, D], from the first changed layer up to the head; None if nothing below the head changes."""
         model = self.model
         dembedding = delta.get("embedding.weight")
         dx = None if dembedding is None else torch.nn.functional.embedding(self.inputs, dembedding)
@@ -97,9 +129,33 @@ class DecoderLinearisation(Linearisation):
             changed = {name.removeprefix(prefix): d for name, d in delta.items() if name.startswith(prefix)}
             if dx is not None or changed:
                 dx = self.block_tangent(block, self.rotation, tape, dx, changed)  # type: ignore[arg-type]
-        dx = tangents.rms_norm(self.last, model.final_norm.weight, dx, delta.get("final_norm.weight"))
-        dlogits = tangents.linear(self.features, model.head.weight, dx, delta.get("head.weight"))
-        return torch.zeros_like(self.outputs) if dlogits is None else dlogits
+        return tangents.rms_norm(self.last, model.final_norm.weight, dx, delta.get("final_norm.weight"))
+
+    def derivatives(
+        self, deltas: Sequence[Parameters], targets: Tensor, expansion: Expansion
+    ) -> tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]]]:
+        """As of any model, with the head and the loss in chunks of tokens (`gnlib.head`) that all deltas share."""
+        changes = []
+        for delta in deltas:
+            dx = self.feature_tangent(delta)
+            changes.append(head.Change(None if dx is None else dx.flatten(0, -2), delta.get("head.weight")))
+        with torch.no_grad():
+            x, weight = self.features.flatten(0, -2), self.model.head.weight
+            total, parts = head.derivatives(x, weight, targets.flatten(), changes, expansion)
+        found = []
+        for index, (delta, part) in enumerate(zip(deltas, parts, strict=True)):
+            gradients = {}
+            if part.features is not None:
+                below = [name for name in delta if name != "head.weight"]
+                gradients = self.feature_pullback(part.features, below, keep=index + 1 < len(deltas))
+            if part.weight is not None:
+                gradients["head.weight"] = part.weight
+            found.append((part.value, gradients))
+        return total, found
+
+    def feature_pullback(self, cotangent: Tensor, names: Sequence[str], keep: bool = True) -> dict[str, Tensor]:
+        """Gradients of the named parameters below the head from the features' cotangent [B S, D]."""
+        return self._gradients(self.features, cotangent, names, keep)
 
     def forward_units(self, names: Sequence[str]) -> float:
         """Changed layers cost dx W, x dW and the same in the pullback; layers above them half; layers below nothing."""
@@ -116,4 +172,5 @@ class DecoderLinearisation(Linearisation):
 @cache
 def _compiled(rule: Callable[..., Any]) -> Callable[..., Any]:
     """One compilation serves all blocks, whose shapes are equal."""
+    torch._functorch.config.donated_buffer = False  # several pullbacks may go through one graph
     return torch.compile(rule)

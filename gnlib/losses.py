@@ -39,13 +39,22 @@ class CrossEntropy:
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         p = _wide(z).softmax(-1)
-        minus_one = torch.full_like(p[..., :1], -1.0)
-        return p.scatter_add(-1, y.unsqueeze(-1), minus_one) / y.numel()
+        chosen = y.unsqueeze(-1) == torch.arange(
+            z.shape[-1], device=z.device
+        )  # compiles into one kernel, a scatter not
+        return (p - chosen.to(p.dtype)) / y.numel()
 
     def hessian_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
         p = _wide(z).softmax(-1)
         pv = p * v
         return (pv - p * pv.sum(-1, keepdim=True)) / y.numel()
+
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """Targets drawn from the model, y ~ softmax(z): [..., V] -> [...]; `generator` is of the CPU."""
+        cumulative = _wide(z).softmax(-1).cumsum(-1)
+        uniform = torch.rand(*z.shape[:-1], 1, generator=generator, dtype=torch.float64).to(cumulative)
+        drawn = torch.searchsorted(cumulative, uniform * cumulative[..., -1:]).squeeze(-1)
+        return drawn.clamp(max=z.shape[-1] - 1)
 
 
 class MeanSquaredError:
@@ -64,6 +73,10 @@ class MeanSquaredError:
 
     def hessian_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
         return v / len(z)
+
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """Targets drawn from the model, y ~ N(z, 1), the shape of z; `generator` is of the CPU."""
+        return z + torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
 
 
 def _wide(z: Tensor) -> Tensor:

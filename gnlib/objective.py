@@ -17,9 +17,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from gnlib import head
 from gnlib.config import MethodConfig
-from gnlib.linearise import Linearisation, Parameters, linearise, outputs_of
-from gnlib.losses import ConvexLoss
+from gnlib.linearise import Parameters, linearise, outputs_of
+from gnlib.losses import ConvexLoss, CrossEntropy
+from gnlib.model import Decoder
 
 
 class Evaluation(NamedTuple):
@@ -65,35 +67,36 @@ class LinearisedObjective:
 
     def __init__(self, loss: ConvexLoss, ridge: float = 0.0, compiled: bool = False) -> None:
         self.loss, self.ridge, self.compiled = loss, ridge, compiled
-        self._expand = torch.compile(self.expand) if compiled else self.expand
 
-    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The subproblem's value at output tangent v, and its derivative in v (the cotangent)."""
+    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L(z), the subproblem's value at output tangent v, and its derivative in v (the cotangent)."""
         raise NotImplementedError
 
     def evaluate(
         self, model: nn.Module, points: Sequence[Parameters], inputs: Tensor, targets: Tensor
     ) -> list[Evaluation]:
         here = linearise(model, inputs, self.compiled)
-        with torch.no_grad():
-            loss = self.loss.value(here.outputs, targets)
         anchor = dict(model.named_parameters())
-        evaluations = [self._at(here, anchor, point, targets, loss) for point in points]
-        first = evaluations[0]
-        return [first._replace(forward_units=first.forward_units + 1.0), *evaluations[1:]]  # 1: the shared primal
+        deltas = [_difference(point, anchor) for point in points]
+        loss, found = here.derivatives(deltas, targets, self.expand)
+        units = [here.forward_units(list(delta)) for delta in deltas]
+        units[0] += 1.0  # the shared primal
+        pairs = [self._with_ridge(delta, *pair) for delta, pair in zip(deltas, found, strict=True)]
+        return [Evaluation(value, loss, grad, unit) for (value, grad), unit in zip(pairs, units, strict=True)]
 
     @torch.no_grad()
-    def _at(
-        self, here: Linearisation, anchor: Parameters, point: Parameters, targets: Tensor, loss: Tensor
-    ) -> Evaluation:
-        delta = {name: theta - anchor[name] for name, theta in point.items()}
-        v = here.tangent(delta)
-        value, cotangent = self._expand(here.outputs.detach(), targets, v)
-        gradient = here.pullback(cotangent, list(delta))
-        if self.ridge:
-            value = value + self.ridge * sum(d.square().mean() for d in delta.values())
-            gradient = {name: g + 2 * self.ridge / g.numel() * delta[name] for name, g in gradient.items()}
-        return Evaluation(value, loss, gradient, here.forward_units(list(delta)))
+    def _with_ridge(
+        self, delta: Parameters, value: Tensor, gradient: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.ridge:
+            return value, gradient
+        value = value + self.ridge * sum(d.square().mean() for d in delta.values())
+        return value, {name: g + 2 * self.ridge / g.numel() * delta[name] for name, g in gradient.items()}
+
+
+@torch.no_grad()
+def _difference(point: Parameters, anchor: Parameters) -> dict[str, Tensor]:
+    return dict(zip(point, torch._foreach_sub(list(point.values()), [anchor[name] for name in point]), strict=True))
 
 
 class GaussNewtonObjective(LinearisedObjective):
@@ -102,16 +105,31 @@ class GaussNewtonObjective(LinearisedObjective):
     v = J (theta - theta_t) has the shape of the outputs z. `ridge` lambda adds lambda * sum of mean(delta^2).
     """
 
-    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        g, hv = self.loss.gradient(z, y), self.loss.hessian_product(z, y, v)
-        return self.loss.value(z, y) + (g * v).sum() + 0.5 * (hv * v).sum(), g + hv
+    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if _has_kernel(self.loss, z):
+            return cross_entropy_expansion(z, y, v, prox=False)
+        loss, g, hv = self.loss.value(z, y), self.loss.gradient(z, y), self.loss.hessian_product(z, y, v)
+        return loss, loss + ((g + 0.5 * hv) * v).sum(), g + hv
 
 
 class ProxLinearObjective(LinearisedObjective):
     """L(z + v, y): the linearised model under the whole loss, with its higher-order terms (section 3, as above)."""
 
-    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loss.value(z + v, y), self.loss.gradient(z + v, y)
+    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if _has_kernel(self.loss, z):
+            return cross_entropy_expansion(z, y, v, prox=True)
+        outputs = z.to(torch.promote_types(z.dtype, torch.float32)) + v
+        return self.loss.value(z, y), self.loss.value(outputs, y), self.loss.gradient(outputs, y)
+
+
+def _has_kernel(loss: ConvexLoss, z: Tensor) -> bool:
+    return z.is_cuda and z.ndim == 2 and z.dtype != torch.float64 and isinstance(loss, CrossEntropy)
+
+
+def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from gnlib import kernels  # needs Triton
+
+    return kernels.cross_entropy_expansion(z, y, v, prox)
 
 
 @torch.no_grad()
@@ -126,12 +144,17 @@ def curvature_product(model: nn.Module, loss: ConvexLoss, delta: Parameters, inp
 
 
 def forward_loss(loss: ConvexLoss, compiled: bool = False) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    """(model, inputs, targets) -> L, for evaluation and line search."""
+    """(model, inputs, targets) -> L without a graph, for evaluation and line search."""
+    features = torch.compile(Decoder.features) if compiled else Decoder.features
 
+    @torch.no_grad()
     def value(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        return loss.value(outputs_of(model, inputs), targets)
+        if not isinstance(model, Decoder):
+            return loss.value(outputs_of(model, inputs), targets)
+        x = features(model, inputs).flatten(0, -2)
+        return head.mean_loss(x, model.head.weight, targets.flatten(), loss, compiled)
 
-    return torch.compile(value) if compiled else value
+    return value
 
 
 def build_objective(method: MethodConfig, loss: ConvexLoss, compiled: bool = False) -> Objective:

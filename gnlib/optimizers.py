@@ -9,18 +9,23 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gnlib.config import ConfigError, InnerConfig
+from gnlib.kfac import KFAC
+from gnlib.losses import ConvexLoss
+from gnlib.multinorm import SWAN, SinkGD
 from gnlib.muon import BatchedMuon
+from gnlib.sampled import Observer, SampledLoss
+from gnlib.sophia import SophiaG
 
-Named = Mapping[str, Tensor]
+Named = dict[str, Tensor]
 Build = Callable[[Named, Named, InnerConfig], list[Optimizer]]  # hidden matrices, the other parameters, settings
 
 
@@ -33,6 +38,8 @@ class Entry:
     source: str
     """Paper and implementation."""
     build: Build
+    adam_beside: bool = False
+    """Only for hidden matrices: embedding, head and vectors go to AdamW with `adam_lr`."""
 
 
 class Solver:
@@ -50,7 +57,7 @@ class Solver:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self, gradient: Named, lr_factor: float) -> Tensor:
-        """One step along a gradient (by parameter name); returns its norm before clipping."""
+        """One step along a gradient (by parameter name, used up); returns its norm before clipping."""
         for name, parameter in self.parameters.items():
             parameter.grad = gradient[name].to(parameter.dtype)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.clip or float("inf"))
@@ -60,6 +67,34 @@ class Solver:
             optimizer.step()
             optimizer.zero_grad()
         return norm
+
+    def observe(self, model: nn.Module, loss: ConvexLoss, batches: Sequence[Tensor]) -> float:
+        """Show the coming step's inputs, in equal micro-batches, to the optimisers that learn curvature from them.
+
+        Returns the cost in forward passes of the batch.
+        """
+        due = [o for o in self.optimizers if isinstance(o, Observer) and o.due()]
+        return sum(o.observe(SampledLoss(model, loss, self.parameters, batches)) for o in due)
+
+    def train(self) -> None:
+        """Put the parameters where gradients are wanted: schedule-free methods train beside what they evaluate."""
+        self._switch("train")
+
+    def eval(self) -> None:
+        """Put the parameters where they are to be evaluated, and where they are saved."""
+        self._switch("eval")
+
+    def _switch(self, mode: str) -> None:
+        for optimizer in self.optimizers:
+            getattr(optimizer, mode, lambda: None)()
+
+    def state_bytes(self) -> dict[str, int]:
+        """Size of the tensors that the optimisers keep for each parameter, by name; what a checkpoint holds."""
+        kept = {id(p): values for o in self.optimizers for p, values in o.state.items()}
+        tensors = {
+            n: [v for v in kept.get(id(p), {}).values() if isinstance(v, Tensor)] for n, p in self.parameters.items()
+        }
+        return {name: sum(v.numel() * v.element_size() for v in values) for name, values in tensors.items()}
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [optimizer.state_dict() for optimizer in self.optimizers]
@@ -125,35 +160,99 @@ def construct(kind: type[Optimizer], parameters: Named, inner: InnerConfig, **se
         raise ConfigError(f"method.inner.options: {kind.__name__}: {error}") from None
 
 
-def _adamw(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
-    return [construct(torch.optim.AdamW, {**matrices, **others}, inner)]
+def _adamw(parameters: Named, inner: InnerConfig) -> Optimizer:
+    on_gpu = all(p.is_cuda for p in parameters.values())
+    return construct(torch.optim.AdamW, parameters, inner, **({"fused": True} if on_gpu else {}))
+
+
+def _on_all(kind: type[Optimizer], **settings: Any) -> Build:
+    """One optimiser for every parameter."""
+    return lambda matrices, others, inner: [construct(kind, {**matrices, **others}, inner, **settings)]
+
+
+def _on_matrices(kind: type[Optimizer], **settings: Any) -> Build:
+    """`kind` for the hidden matrices and AdamW, with its own learning rate, for the rest."""
+
+    def build(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
+        beside = inner.model_copy(update={"lr": inner.adam_lr or inner.lr, "options": {}})
+        # a layerwise block may have only one of the two kinds
+        first = [construct(kind, matrices, inner, **settings)] if matrices else []
+        return [*first, _adamw(others, beside)] if others else first
+
+    return build
 
 
 def _sgd(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
-    return [construct(torch.optim.SGD, {**matrices, **others}, inner, momentum=inner.momentum)]
+    return _on_all(torch.optim.SGD, momentum=inner.momentum)(matrices, others, inner)
 
 
 def _muon(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
-    optimizers: list[Optimizer] = []
-    if matrices:  # a layerwise block may have only one of the two kinds
-        on_gpu = next(iter(matrices.values())).is_cuda  # on CPU there is nothing to gain from batching
-        kind = BatchedMuon if on_gpu else torch.optim.Muon
-        optimizers.append(construct(kind, matrices, inner, momentum=inner.momentum, adjust_lr_fn="original"))
-    if others:
-        beside = inner.model_copy(update={"lr": inner.adam_lr or inner.lr, "options": {}})
-        optimizers.append(construct(torch.optim.AdamW, others, beside))
-    return optimizers
+    on_gpu = any(p.is_cuda for p in matrices.values())  # on CPU there is nothing to gain from batching
+    kind = BatchedMuon if on_gpu else torch.optim.Muon
+    return _on_matrices(kind, momentum=inner.momentum, adjust_lr_fn="original")(matrices, others, inner)
 
 
 def _soap(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
     from pytorch_optimizer import SOAP  # 1.5 s to import
 
-    return [construct(SOAP, {**matrices, **others}, inner)]
+    return _on_all(SOAP)(matrices, others, inner)
 
+
+def _shampoo(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
+    from pytorch_optimizer import Shampoo
+
+    return _on_matrices(Shampoo, weight_decouple=True)(matrices, others, inner)
+
+
+def _kfac(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
+    return _on_matrices(KFAC, momentum=inner.momentum)(matrices, others, inner)
+
+
+def _schedule_free(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
+    from pytorch_optimizer import ScheduleFreeAdamW
+
+    if inner.schedule != "constant":
+        raise ConfigError(
+            f"method.inner.schedule: schedule_free needs 'constant', with or without warm-up (got {inner.schedule!r})"
+        )
+    return _on_all(ScheduleFreeAdamW)(matrices, others, inner)
+
+
+_REST = "on hidden matrices, AdamW on the rest"
 
 registry: dict[str, Entry] = {
-    "adamw": Entry("AdamW", "arXiv 1711.05101; torch.optim.AdamW", _adamw),
-    "muon": Entry("Muon", "Jordan et al. 2024; torch.optim.Muon on hidden matrices, AdamW on the rest", _muon),
+    "adamw": Entry("AdamW", "arXiv 1711.05101; torch.optim.AdamW", lambda m, rest, inner: [_adamw(m | rest, inner)]),
+    "muon": Entry("Muon", f"Jordan et al. 2024; torch.optim.Muon {_REST}", _muon, adam_beside=True),
     "soap": Entry("SOAP", "arXiv 2409.11321; pytorch_optimizer.SOAP", _soap),
     "sgd": Entry("SGD", "torch.optim.SGD with momentum; its weight decay is coupled (L2)", _sgd),
+    "adam": Entry(
+        "Adam", "arXiv 1412.6980; torch.optim.Adam, its weight decay is coupled (L2)", _on_all(torch.optim.Adam)
+    ),
+    "swan": Entry("SWAN", f"arXiv 2412.13148; gnlib.multinorm.SWAN {_REST}", _on_matrices(SWAN), adam_beside=True),
+    "sinkgd": Entry(
+        "SinkGD", f"arXiv 2502.06742; gnlib.multinorm.SinkGD {_REST}", _on_matrices(SinkGD), adam_beside=True
+    ),
+    "sinkgd_stateless": Entry(
+        "SinkGD, stateless",
+        "arXiv 2502.06742; gnlib.multinorm.SinkGD on everything, which for vectors is signSGD (arXiv 1802.04434)",
+        _on_all(SinkGD),
+    ),
+    "shampoo": Entry(
+        "Shampoo",
+        f"arXiv 1802.09568, without momentum or grafting; pytorch_optimizer.Shampoo {_REST}",
+        _shampoo,
+        adam_beside=True,
+    ),
+    "schedule_free": Entry(
+        "Schedule-free AdamW",
+        "arXiv 2405.15682; pytorch_optimizer.ScheduleFreeAdamW; evaluated at its average",
+        _schedule_free,
+    ),
+    "kfac": Entry(
+        "K-FAC",
+        f"arXiv 1503.05671, expand of 2311.00636 (EKFAC by option, 1806.03884); gnlib.kfac.KFAC {_REST}",
+        _kfac,
+        adam_beside=True,
+    ),
+    "sophia_g": Entry("Sophia-G", "arXiv 2305.14342; gnlib.sophia.SophiaG", _on_all(SophiaG)),
 }

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from gnlib.blocks import hidden_matrices, partition
 from gnlib.config import ComputeConfig, MethodConfig
+from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
+from gnlib.conjugate_gradient import HessianFree
 from gnlib.line_search import line_search, move
 from gnlib.losses import ConvexLoss
 from gnlib.objective import build_objective, forward_loss
@@ -76,16 +78,23 @@ class OuterStep:
     def __init__(self, model: nn.Module, loss: ConvexLoss, config: StepConfig) -> None:
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
+        self.loss = loss
         self.forward_loss = forward_loss(loss, config.compute.compile)
         self.objective = build_objective(config.method, loss, config.compute.compile)
         self.solution = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
         self.blocks = partition(model, config.method.blocks)
-        self.solvers = self._fresh_solvers()
+        self._renew_solvers()
         self.done = 0
 
-    def _fresh_solvers(self) -> list[Solver]:
-        hidden = hidden_matrices(self.model)
-        return [Solver({n: self.solution[n] for n in block}, hidden, self.config.method.inner) for block in self.blocks]
+    def _renew_solvers(self) -> None:
+        method, hidden = self.config.method, hidden_matrices(self.model)
+        self.solvers: list[Solver] = []
+        self.hessian_free: HessianFree | None = None
+        if method.inner.optimizer == CONJUGATE_GRADIENT:
+            self.hessian_free = HessianFree(self.model, self.loss, method, self.blocks)
+        else:
+            blocks = [{name: self.solution[name] for name in block} for block in self.blocks]
+            self.solvers = [Solver(block, hidden, method.inner) for block in blocks]
 
     @property
     def search_sequences(self) -> int:
@@ -97,7 +106,7 @@ class OuterStep:
         """One outer step on fresh batches of `stream`; the model ends at theta_{t+1}."""
         anchor = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self._start(anchor)
-        train_loss, passes = self._solve(stream)
+        train_loss, passes = self._conjugate(stream, self.hessian_free) if self.hessian_free else self._descend(stream)
         search = self.config.method.line_search
         if search is None:
             move(self.model, anchor, self.solution, 1.0)
@@ -119,36 +128,56 @@ class OuterStep:
             for name, theta in self.solution.items():
                 theta.copy_(anchor[name])
         if method.objective != "loss" and not method.inner.warm_start:
-            self.solvers = self._fresh_solvers()
+            self._renew_solvers()
 
-    def _solve(self, stream: Stream) -> tuple[float, float]:
+    def _conjugate(self, stream: Stream, solver: HessianFree) -> tuple[float, float]:
+        """Conjugate gradients on the whole outer batch; returns the loss at theta_t and the cost."""
+        batches = list(self._micro_batches(stream, self.config.outer_batch, "train"))
+        with matmul_precision(self.config.compute, self.device):
+            return solver.solve(self.solution, batches)
+
+    def _descend(self, stream: Stream) -> tuple[float, float]:
         """The inner steps; returns the mean loss at theta_t and the cost."""
         inner = self.config.method.inner
         size = self.config.outer_batch // inner.steps
         losses, passes = [], 0.0
+        for solver in self.solvers:
+            solver.train()
         for index in range(inner.steps):
             factor = learning_rate_factor(inner, self.done, index, self.config.outer_steps)
-            gradients, loss, cost = self._gradients(stream, size)
-            for solver, gradient in zip(self.solvers, gradients, strict=True):
-                solver.step(gradient, factor)
+            loss, units = self.inner_step(stream, size, factor)
             losses.append(loss)
-            passes += cost
+            passes += units * size
+        for solver in self.solvers:
+            solver.eval()
         return torch.stack(losses).double().mean().item(), passes
 
+    def inner_step(self, stream: Stream, sequences: int, lr_factor: float) -> tuple[Tensor, float]:
+        """One optimiser step of every block's solver on a fresh batch; returns the loss and the cost per sequence."""
+        gradients, loss, units = self._gradients(stream, sequences)
+        for solver, gradient in zip(self.solvers, gradients, strict=True):
+            solver.step(gradient, lr_factor)
+        return loss, units
+
     def _gradients(self, stream: Stream, sequences: int) -> tuple[list[dict[str, Tensor]], Tensor, float]:
-        """Each block's gradient on the same fresh batch, the mean loss, and the cost."""
+        """Each block's gradient on the same fresh batch, the mean loss, and the cost per sequence asked for."""
         points = [{name: self.solution[name].detach() for name in block} for block in self.blocks]
         totals: list[dict[str, Tensor]] = []
-        loss, cost = torch.zeros((), device=self.device), 0.0
+        loss, units = torch.zeros((), device=self.device), 0.0
         batches = list(self._micro_batches(stream, sequences, "train"))
+        with matmul_precision(self.config.compute, self.device):
+            seen = [solver.observe(self.model, self.loss, [inputs for inputs, _ in batches]) for solver in self.solvers]
         for inputs, targets in batches:
             with matmul_precision(self.config.compute, self.device):
                 evaluations = self.objective.evaluate(self.model, points, inputs, targets)
-            cost += sum(e.forward_units for e in evaluations) * len(inputs)
+            units = sum(e.forward_units for e in evaluations)
             loss = loss + evaluations[0].loss / len(batches)
             gradients = [e.gradient for e in evaluations]
             totals = gradients if not totals else [_summed(t, g) for t, g in zip(totals, gradients, strict=True)]
-        return [{name: g / len(batches) for name, g in total.items()} for total in totals], loss, cost
+        if len(batches) > 1:
+            totals = [{name: g / len(batches) for name, g in total.items()} for total in totals]
+        read = sum(len(inputs) for inputs, _ in batches)
+        return totals, loss, (units + sum(seen)) * read / sequences
 
     def _micro_batches(self, stream: Stream, sequences: int, purpose: Purpose) -> Iterator[tuple[Tensor, Tensor]]:
         """Equal batches of at most `compute.micro_batch` sequences, so that the mean of means is the mean.
@@ -164,6 +193,7 @@ class OuterStep:
             "done": self.done,
             "solution": {name: theta.detach() for name, theta in self.solution.items()},
             "solvers": [solver.state_dict() for solver in self.solvers],
+            "hessian_free": self.hessian_free.state_dict() if self.hessian_free else None,
         }
 
     @torch.no_grad()
@@ -173,6 +203,8 @@ class OuterStep:
             self.solution[name].copy_(theta)
         for solver, saved in zip(self.solvers, state["solvers"], strict=True):
             solver.load_state_dict(saved)
+        if self.hessian_free:
+            self.hessian_free.load_state_dict(state["hessian_free"])
 
 
 def _summed(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:

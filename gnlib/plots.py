@@ -2,78 +2,213 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from gnlib.config import ConfigError
 from gnlib.files import home, replacing
-from gnlib.profiles import METHODS
+from gnlib.profiles import ALL_METHODS, METHODS
+from gnlib.variants import VARIANTS
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 AXES = {
     "outer_step": "Outer step",
     "tokens": "Tokens processed, line search included",
     "flops": "Matrix-product FLOPs",
+    "gradients": "Sequential gradient evaluations",
     "wall_s": "Seconds",
 }
 WIDTH = 5.5  # inches: one column
+LOSS = "Validation loss (nats per token)"
+
+Style = dict[str, Any]  # keyword arguments of Axes.plot
 
 
 def colours() -> dict[str, tuple[float, float, float]]:
-    """Method label -> colour of seaborn's colour-blind palette."""
+    """Method label -> colour: ten of seaborn's colour-blind palette, then darker ones."""
     import seaborn as sns
 
-    return dict(zip((method.label for method in METHODS.values()), sns.color_palette("colorblind"), strict=False))
+    palette = [*sns.color_palette("colorblind"), *sns.color_palette("dark")]
+    return dict(zip((method.label for method in ALL_METHODS.values()), palette, strict=False))
+
+
+def styles() -> dict[str, Style]:
+    """Label of a method or variant -> its line everywhere (`variants.Variant.line`)."""
+    import seaborn as sns
+
+    own, spare = colours(), sns.color_palette("colorblind")[6:]
+    dashes = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+    found: dict[str, Style] = {name: {"color": colour, "linestyle": dashes[0]} for name, colour in own.items()}
+    for variant in VARIANTS.values():
+        colour, dash = variant.line
+        chosen = spare[colour] if isinstance(colour, int) else own[METHODS[colour or variant.base].label]
+        found[variant.label] = {"color": chosen, "linestyle": dashes[dash]}
+    return found
+
+
+@contextmanager
+def _figure(title: str, note: str, height: float = 3.7) -> Iterator[tuple[Figure, Axes]]:
+    """One panel in the house style, with the legend of what is labelled in it below."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
+        figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+        yield figure, axes
+        axes.set_title(f"{title}\n{note}", fontsize="medium")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    plt.close(figure)  # the notebook shows the returned figure once
+
+
+def _order(labels: Sequence[str]) -> list[str]:
+    return [name for name in styles() if name in set(labels)] + [name for name in labels if name not in styles()]
+
+
+def _seeds(frame: pd.DataFrame) -> str:
+    n = frame.groupby("method")["seed"].nunique().max()
+    return "1 seed" if n == 1 else f"mean of {n} seeds, band: lowest to highest"
 
 
 def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", title: str = "") -> Figure:
     """Validation loss against `axis` (a key of AXES), one line a method, seeds as a band from lowest to highest."""
+    if axis not in AXES:
+        raise ConfigError(f"axis: no axis {axis!r}; allowed: {', '.join(AXES)}")
+    with _figure(title, _seeds(curves)) as (figure, axes):
+        for name in _order(list(curves["method"].unique())):
+            by_step = curves[curves["method"] == name].groupby("outer_step")
+            _band(axes, by_step[axis].mean(), by_step["val_loss"], name)
+        axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
+        axes.text(1.01, target, f"target\n{target:g}", va="center", transform=axes.get_yaxis_transform())
+        axes.set(xlabel=AXES[axis], ylabel=LOSS)
+    return figure
+
+
+def _band(axes: Axes, x: Any, values: Any, name: str) -> Any:
+    """Mean over the seeds that got as far; a run that ended early leaves the band. Returns the line's colour.
+
+    `values` are grouped, and `x` has one number a group.
+    """
+    style = styles().get(name, {"color": "black"})
+    (line,) = axes.plot(x, values.mean(), label=name, marker="o", markersize=2.5, linewidth=1.2, **style)
+    axes.fill_between(x, values.min(), values.max(), color=line.get_color(), alpha=0.2, linewidth=0)
+    return line.get_color()
+
+
+def cost_by_batch(reached: pd.DataFrame, axis: str = "outer_step", title: str = "") -> Figure:
+    """Cost of the target on `axis` against the outer batch (`results.steps_to_target`), both logarithmic.
+
+    Dotted, for outer steps: perfect linear scaling from each method's smallest batch. Open triangles are lower bounds,
+    from batches at which a run ended above the target.
+    """
+    with _figure(title, _seeds(reached), height=4.0) as (figure, axes):
+        for name in _order(list(reached["method"].unique())):
+            by_batch = reached[reached["method"] == name].groupby("batch")
+            mean, bounds = by_batch[axis].mean(), by_batch["censored"].any()
+            colour = _band(axes, mean.index, by_batch[axis], name)
+            axes.plot(mean[bounds], "^", color=colour, markersize=7, fillstyle="none")
+            if axis == "outer_step":
+                axes.plot(mean.index, mean.iloc[0] * mean.index[0] / mean.index, color=colour, lw=0.8, linestyle=":")
+        axes.set(yscale="log", ylabel=f"{AXES[axis]},\nto the target", ylim=(0.7 * reached[axis].min(), None))
+        _batch_axis(axes, reached)
+        if axis == "outer_step":
+            _plain_ticks(axes.yaxis)
+    return figure
+
+
+def _batch_axis(axes: Axes, frame: pd.DataFrame) -> None:
+    """Logarithmic, with a tick at each batch."""
+    batches = sorted(frame["batch"].unique())
+    names = [f"{batch / 1e6:.3g}M" if batch >= 1e6 else f"{batch / 1e3:.3g}k" for batch in batches]
+    axes.set(xscale="log", xlabel="Outer batch (tokens)")
+    axes.set_xticks(batches, names)
+    axes.set_xticks([], minor=True)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, 20, ... on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ScalarFormatter())
+
+
+def loss_by_batch(ends: pd.DataFrame, axis: str = "batch", title: str = "") -> Figure:
+    """Final validation loss (`results.ends`) against the outer batch, or against what the runs cost on another axis."""
+    with _figure(title, _seeds(ends)) as (figure, axes):
+        for name in _order(list(ends["method"].unique())):
+            own = ends[ends["method"] == name]
+            by_batch = own.groupby("batch")
+            _band(axes, own[axis].groupby(own["batch"]).mean(), by_batch["final_loss"], name)
+        axes.set(xscale="log", ylabel=LOSS, xlabel=AXES.get(axis))
+        if axis == "batch":
+            _batch_axis(axes, ends)
+    return figure
+
+
+def sweeps(trials: pd.DataFrame, title: str = "") -> Figure:
+    """Score against learning rate (`tables.trials`), one line an entry, over the score of the entry's best trial."""
+    with _figure(title, "best of the trials at each rate", height=4.2) as (figure, axes):
+        for name, own in trials.groupby("entry", sort=False):
+            best = own.groupby("lr")["excess"].min().dropna()
+            style = styles()[own["method"].iloc[0]]
+            axes.plot(best.index, best, marker="o", markersize=2.5, linewidth=1.2, label=name, **style)
+        axes.set(xscale="log", xlabel="Learning rate", ylabel="Score / that of the tuned setting")
+    return figure
+
+
+def rates_by_batch(trials: pd.DataFrame, title: str = "") -> Figure:
+    """The tuned learning rate of each method against the outer batch, both logarithmic."""
+    best = trials.loc[trials.groupby("entry")["score"].idxmin()].sort_values("batch")
+    with _figure(title, "of the best trial") as (figure, axes):
+        for name in _order(list(best["method"].unique())):
+            own = best[best["method"] == name]
+            axes.plot(own["batch"], own["lr"], marker="o", markersize=3, linewidth=1.2, label=name, **styles()[name])
+        axes.set(yscale="log", ylabel="Tuned learning rate")
+        _batch_axis(axes, best)
+    return figure
+
+
+def step_times(times: pd.DataFrame) -> Figure:
+    """Milliseconds of one step against the size of a square matrix, one line a method (`stateless.step_times`)."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
-        figure, axes = plt.subplots(figsize=(WIDTH, 3.7), layout="constrained")
-        order = [name for name in colours() if name in set(curves["method"])]
-        for name in order:
-            _band(axes, curves[curves["method"] == name], axis, name)
-        axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
-        axes.text(0.99, target, f"target {target:g}", ha="right", va="bottom", transform=axes.get_yaxis_transform())
-        n = curves.groupby("method")["seed"].nunique().max()
-        note = "1 seed" if n == 1 else f"mean of {n} seeds, band: lowest to highest"
-        axes.set(xlabel=AXES[axis], ylabel="Validation loss (nats per token)")
-        axes.set_title(f"{title}\n{note}", fontsize="medium")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+        for name, row in times.iterrows():
+            axes.plot(times.columns, row, color=colours()[str(name)], label=name, marker="o", markersize=3)
+        axes.set(xlabel="n, of an n x n matrix", ylabel="Milliseconds a step", xscale="log", yscale="log")
+        axes.set_xticks(list(times.columns), [str(size) for size in times.columns])
+        axes.minorticks_off()
+        figure.legend(loc="outside lower center", ncols=5, frameon=False)
     plt.close(figure)  # the notebook shows the returned figure once
     return figure
 
 
-def _band(axes: Axes, frame: pd.DataFrame, axis: str, name: str) -> None:
-    """Mean over the seeds that got as far; a run that ended early leaves the band."""
-    by_step, colour = frame.groupby("outer_step"), colours().get(name, "black")  # your own is black
-    x, loss = by_step[axis].mean(), by_step["val_loss"]
-    axes.plot(x, loss.mean(), color=colour, label=name, marker="o", markersize=2.5, linewidth=1.2)
-    axes.fill_between(x, loss.min(), loss.max(), color=colour, alpha=0.2, linewidth=0)
-
-
 def curves_by_batch(curves: pd.DataFrame, target: float, title: str = "") -> Figure:
-    """Validation loss against outer step, a panel a batch size, the largest first."""
+    """Validation loss against outer step, a panel a batch size, the largest first; a method of your own is black."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    batches, present = sorted(set(curves["batch"]), reverse=True), set(curves["method"])
-    size, known = (WIDTH if len(batches) == 1 else 1.5 * WIDTH, 3.7), colours()
+    batches, names = sorted(set(curves["batch"]), reverse=True), _order(list(curves["method"].unique()))
+    size = (WIDTH if len(batches) == 1 else 1.5 * WIDTH, 3.7)
     with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
         figure, row = plt.subplots(ncols=len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained")
         for axes, batch in zip(row[0], batches, strict=True):
-            for name in [*(name for name in known if name in present), *sorted(present - known.keys())]:
-                _band(axes, curves[(curves["method"] == name) & (curves["batch"] == batch)], "outer_step", name)
+            for name in names:
+                by_step = curves[(curves["method"] == name) & (curves["batch"] == batch)].groupby("outer_step")
+                _band(axes, by_step["outer_step"].mean(), by_step["val_loss"], name)
             axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
             axes.set(xlabel=AXES["outer_step"])
             axes.set_title(f"batch of {batch} tokens", fontsize="medium")
-        row[0, 0].set(ylabel="Validation loss (nats per token)")
+        row[0, 0].set(ylabel=LOSS)
         figure.legend(*row[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.suptitle(f"{title}, target {target:g}", fontsize="medium")
     plt.close(figure)

@@ -28,6 +28,7 @@ class Method:
     is_gauss_newton: bool = False
 
 
+# The paper's methods, which studies run by default
 METHODS: dict[str, Method] = {
     "gauss_newton": Method(
         "GN", {"method.objective": "gauss_newton", "method.line_search": {}, "method.inner.optimizer": "muon"}, True
@@ -52,6 +53,22 @@ METHODS: dict[str, Method] = {
     "adamw": Method("AdamW", {"method.inner.optimizer": "adamw"}),
 }
 
+# Further ones, which run when they are named
+MORE_METHODS: dict[str, Method] = {
+    "adam": Method("Adam", {"method.inner.optimizer": "adam"}),
+    "sgd": Method("SGD", {"method.inner.optimizer": "sgd"}),
+    "swan": Method("SWAN", {"method.inner.optimizer": "swan"}),
+    "sinkgd": Method("SinkGD", {"method.inner.optimizer": "sinkgd"}),
+    "sinkgd_stateless": Method("SinkGD, stateless", {"method.inner.optimizer": "sinkgd_stateless"}),
+    "shampoo": Method("Shampoo", {"method.inner.optimizer": "shampoo"}),
+    "schedule_free": Method(
+        "Schedule-free AdamW", {"method.inner.optimizer": "schedule_free", "method.inner.schedule": "constant"}
+    ),
+    "kfac": Method("K-FAC", {"method.inner.optimizer": "kfac"}),
+    "sophia_g": Method("Sophia-G", {"method.inner.optimizer": "sophia_g", "method.inner.betas": (0.965, 0.99)}),
+}
+ALL_METHODS = METHODS | MORE_METHODS
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -70,6 +87,10 @@ class Profile:
     then is censored."""
     methods: dict[str, Changes] = field(default_factory=dict)
     """What single methods have beyond that."""
+    batches: tuple[int, ...] = ()
+    """Outer batches of the studies over batch size, sequences; powers of 4 apart, `base`'s outer batch among them."""
+    budget: int = 0
+    """Training sequences of a run at a fixed budget; a multiple of every batch."""
     shows_claims: bool = True
     """Whether notebooks assert the claims on it; too small a model cannot show them."""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -105,6 +126,8 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 6, "method.inner.warmup": 1},
             target=3.75,
             most_steps=(3, 6),
+            batches=(16, 64),
+            budget=128,
             shows_claims=False,
             seeds=(1,),
         ),
@@ -121,10 +144,25 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 32, "method.inner.warmup": 3, "compute.micro_batch": 32},
             target=4.05,
             most_steps=(5, 64),
+            batches=(32, 128, 512, 2048, 8192),
+            budget=16384,
             methods={
                 "muon": {"method.inner.lr": 0.1, "method.inner.adam_lr": 0.02},
                 "soap": {"method.inner.lr": 0.01, "method.inner.options": {"precondition_frequency": 1}},
                 "adamw": {"method.inner.lr": 0.01},
+                "adam": {"method.inner.lr": 0.08},
+                "sgd": {"method.inner.lr": 2.0},
+                "swan": {"method.inner.lr": 0.04, "method.inner.adam_lr": 0.32},
+                "sinkgd": {"method.inner.lr": 0.04, "method.inner.adam_lr": 0.32},
+                "sinkgd_stateless": {"method.inner.lr": 0.02},
+                "shampoo": {"method.inner.lr": 0.8, "method.inner.adam_lr": 0.08},
+                "schedule_free": {"method.inner.lr": 0.05},
+                "kfac": {
+                    "method.inner.lr": 0.008,
+                    "method.inner.adam_lr": 0.08,
+                    "method.inner.options": {"period": 1},
+                },
+                "sophia_g": {"method.inner.lr": 0.01, "method.inner.options": {"period": 1}},
             },
         ),
         Profile(
@@ -153,10 +191,25 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 48, "method.inner.warmup": 8, "compute.micro_batch": 256},
             target=4.1,
             most_steps=(12, 64),
+            batches=(256, 1024, 4096, 16384, 65536),
+            budget=131072,
             methods={
                 "muon": {"method.inner.lr": 0.04, "method.inner.adam_lr": 0.02},
                 "soap": {"method.inner.lr": 0.01, "method.inner.options": {"precondition_frequency": 1}},
                 "adamw": {"method.inner.lr": 0.004, "outer_steps": 64},
+                "adam": {"method.inner.lr": 0.004},
+                "sgd": {"method.inner.lr": 0.5},
+                "swan": {"method.inner.lr": 0.004, "method.inner.adam_lr": 0.01},
+                "sinkgd": {"method.inner.lr": 0.004, "method.inner.adam_lr": 0.01},
+                "sinkgd_stateless": {"method.inner.lr": 0.004},
+                "shampoo": {"method.inner.lr": 0.5, "method.inner.adam_lr": 0.01},
+                "schedule_free": {"method.inner.lr": 0.008},
+                "kfac": {
+                    "method.inner.lr": 0.004,
+                    "method.inner.adam_lr": 0.01,
+                    "method.inner.options": {"period": 1},
+                },
+                "sophia_g": {"method.inner.lr": 0.004, "method.inner.options": {"period": 1}},
             },
         ),
         Profile(
@@ -180,6 +233,8 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 300, "method.inner.warmup": 20},
             target=3.6,
             most_steps=(50, 300),
+            batches=(256, 1024, 4096, 16384),
+            budget=262144,
         ),
         Profile(
             "paper-150m",
@@ -202,6 +257,8 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 900, "method.inner.warmup": 50},
             target=3.25,
             most_steps=(60, 900),
+            batches=(1920, 7680, 30720, 122880),
+            budget=2949120,
         ),
     )
 }
@@ -216,10 +273,10 @@ def find_profile(name: str) -> Profile:
 
 def find_method(name: str) -> Method:
     """By name; ConfigError with the near names for another."""
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS) or list(METHODS)
+    if name not in ALL_METHODS:
+        near = difflib.get_close_matches(name, ALL_METHODS) or list(ALL_METHODS)
         raise ConfigError(f"method: no method {name!r}; near or allowed: {', '.join(near)}")
-    return METHODS[name]
+    return ALL_METHODS[name]
 
 
 def records_folder(profile: str) -> Path:
@@ -267,4 +324,4 @@ def method_of(config: RunConfig) -> str:
 def label(config: RunConfig) -> str:
     """The method's name in tables and figures."""
     name = method_of(config)
-    return METHODS[name].label if name in METHODS else name
+    return ALL_METHODS[name].label if name in ALL_METHODS else name

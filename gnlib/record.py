@@ -50,6 +50,8 @@ class Record:
     environment: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     status: str = "unfinished"
+    label: str | None = field(default=None, compare=False)
+    """What a study calls the run; not in the file."""
 
     @property
     def ended(self) -> bool:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gnlib.profiles import METHODS, label
-from gnlib.record import Record
+from gnlib.profiles import ALL_METHODS
+from gnlib.profiles import label as method_label
+from gnlib.record import Record, Row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,31 +48,73 @@ def crossing(record: Record, target: float) -> Crossing:
     return Crossing(last["outer_step"], last["tokens_train"] + last["tokens_search"], True)
 
 
+def label(record: Record) -> str:
+    """What its study calls the run; its method's name for a record of no study."""
+    return record.label or method_label(record.config)
+
+
+def axis_values(record: Record, row: Row) -> dict[str, float]:
+    """What a row's loss can be drawn or counted against: the keys of `plots.AXES`."""
+    return {
+        "outer_step": row["outer_step"],
+        "tokens": row["tokens_train"] + row["tokens_search"],
+        "flops": row["flops"],
+        "gradients": row["outer_step"] * record.config.method.inner.steps,
+        "wall_s": row["wall_s"],
+    }
+
+
 def curves(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per evaluation: the columns of `record.Row`, with method, batch (tokens), seed, status and run."""
+    """One row per evaluation: the columns of `record.Row`, with method, batch (tokens), seed, status and run, and the
+    other axes: tokens, and sequential gradient evaluations (inner steps; of conjugate gradients, at most)."""
     import pandas as pd
 
-    frame = pd.DataFrame([_identity(record) | row for record in records for row in record.rows])
-    frame["tokens"] = frame["tokens_train"] + frame["tokens_search"]
-    return frame
+    return pd.DataFrame(
+        [_identity(record) | row | axis_values(record, row) for record in records for row in record.rows]
+    )
+
+
+def value_at(record: Record, step: float, value: Callable[[Row], float | None]) -> float:
+    """A column at an outer step between two evaluations, by linear interpolation; nan where it is not finite, and the
+    last value beyond the run's end."""
+    for before, after in zip(record.rows, record.rows[1:], strict=False):
+        if before["outer_step"] <= step <= after["outer_step"]:
+            low, high = value(before), value(after)
+            if low is None or high is None:
+                return math.nan
+            return low + (high - low) * (step - before["outer_step"]) / (after["outer_step"] - before["outer_step"])
+    last = value(record.rows[-1])
+    return math.nan if last is None else last
 
 
 def steps_to_target(records: Sequence[Record], target: float) -> pd.DataFrame:
-    """One row per run: steps and tokens to the target, whether censored, the final loss."""
+    """One row per run: steps and tokens to the target and the other axes there, whether censored, the final loss."""
     import pandas as pd
 
     rows = []
     for record in records:
         reached = crossing(record, target)
-        final = record.rows[-1]["val_loss"]
-        rows.append(_identity(record) | vars(reached) | {"final_loss": math.nan if final is None else final})
+        there = {
+            axis: value_at(record, reached.steps, lambda row, r=record, a=axis: axis_values(r, row)[a])  # type: ignore[misc]
+            for axis in axis_values(record, record.rows[0])
+        }
+        rows.append(_identity(record) | vars(reached) | there | {"final_loss": final_loss(record)})
     return pd.DataFrame(rows)
+
+
+def ends(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per run: its last values on every axis and its final loss."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [_identity(r) | axis_values(r, r.rows[-1]) | {"final_loss": final_loss(r)} for r in records]
+    )
 
 
 def _identity(record: Record) -> dict[str, object]:
     config = record.config
     return {
-        "method": label(config),
+        "method": label(record),
         "batch": config.outer_batch_tokens,
         "seed": config.seed,
         "status": record.status,
@@ -110,11 +153,12 @@ def estimate(values: Sequence[float], censored: Sequence[bool] = ()) -> Estimate
 
 
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records grouped by the method's label, in the order of `profiles.METHODS`, seeds ascending."""
+    """Records grouped by label: the methods in the order of `profiles.ALL_METHODS`, then variants as they come; seeds
+    ascending."""
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.config.seed):
-        groups.setdefault(label(record.config), []).append(record)
-    order = [method.label for method in METHODS.values()]
+        groups.setdefault(label(record), []).append(record)
+    order = [method.label for method in ALL_METHODS.values()]
     return {name: groups[name] for name in sorted(groups, key=lambda n: order.index(n) if n in order else len(order))}
 
 
@@ -174,12 +218,12 @@ def summary(records: Sequence[Record], target: float, reference: str = "GN") -> 
                 f"steps / {reference}": str(ratio(runs, base, target, lambda c: c.steps)),
                 "Mtokens": str(estimate([c.tokens / 1e6 for c in reached], censored)),
                 f"tokens / {reference}": str(ratio(runs, base, target, lambda c: c.tokens)),
-                "final loss": str(estimate([_final(record) for record in runs])),
+                "final loss": str(estimate([final_loss(record) for record in runs])),
             }
         )
     return pd.DataFrame(rows).set_index("method")
 
 
-def _final(record: Record) -> float:
+def final_loss(record: Record) -> float:
     loss = record.rows[-1]["val_loss"]
     return math.nan if loss is None else loss

@@ -2,29 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from gnlib.config import ConfigError, RunConfig
-from gnlib.profiles import METHODS, find_method, find_profile, run_config
-
-Study = Callable[[str, Sequence[int], Sequence[str]], list[RunConfig]]  # profile, seeds, methods -> runs
-
-
-def iteration_complexity(profile: str, seeds: Sequence[int], methods: Sequence[str]) -> list[RunConfig]:
-    """Figure 1: the methods at the profile's outer batch, with their tuned settings, all seeds."""
-    return [run_config(profile, method, seed) for seed in seeds for method in methods]
+from gnlib.profiles import METHODS, MORE_METHODS, find_profile
+from gnlib.record import Record
+from gnlib.study import find, run_study
+from gnlib.variants import Setting, find_setting, home_batch, key, setting_config, tunable
 
 
-STUDIES: dict[str, Study] = {"iteration_complexity": iteration_complexity}
+@dataclass(frozen=True)
+class Study:
+    """A grid: methods and variants x outer batches x seeds."""
+
+    methods: tuple[str, ...]
+    """Names of `profiles.ALL_METHODS` and `variants.VARIANTS`."""
+    batches: Literal["own", "small", "three", "all"] = "own"
+    """The profile's outer batch; the smallest but one of its batches; both and the largest; or all of them."""
+    budget: bool = False
+    """Runs end at the profile's token budget."""
+
+    def settings(self, profile: str, methods: Sequence[str]) -> list[Setting]:
+        return [find_setting(name, batch, self.budget) for batch in self._batches(profile) for name in methods]
+
+    def _batches(self, profile: str) -> tuple[int, ...]:
+        every, own = find_profile(profile).batches, home_batch(profile)
+        small = every[len(every) > 2]
+        if self.batches == "all":
+            return every
+        return {"own": (own,), "small": (small,), "three": tuple(sorted({small, own, every[-1]}))}[self.batches]
+
+
+_BASELINES = ("muon", "soap", "adamw")
+
+STUDIES: dict[str, Study] = {
+    "iteration_complexity": Study(tuple(METHODS)),
+    "critical_batch_size": Study(("gauss_newton", "layerwise", *_BASELINES), "all"),
+    "fixed_budget": Study(("gauss_newton", *_BASELINES), "all", budget=True),
+    "prox_linear": Study(("gauss_newton", "prox_linear", "gauss_newton_no_search", "prox_linear_no_search")),
+    "layerwise": Study(("gauss_newton", "layerwise", "matrixwise")),
+    "schedules": Study(("gauss_newton", "global_inner_cosine", "constant_inner_cosine", "constant"), "three"),
+    "line_search": Study(
+        (
+            "gauss_newton",
+            "gauss_newton_no_search",
+            "search_without_zero",
+            "search_on_all",
+            "search_on_16th",
+            "cold_start",
+            *(f"{name}{search}" for name in _BASELINES for search in ("", "_search")),
+        )
+    ),
+    "inner_solver": Study(
+        ("gauss_newton", "inner_adamw", "inner_soap", "inner_cg", "quarter_n", "half_n", "double_n")
+    ),
+    "more_baselines": Study(tuple(MORE_METHODS)),
+    "stateless": Study(
+        ("sinkgd", "swan", "sinkgd_stateless", "muon", "adamw", "adam", "sgd"), "small", budget=True
+    ),
+}
+
+
+class Run(NamedTuple):
+    setting: Setting
+    config: RunConfig
+
+
+def find_study(name: str) -> Study:
+    """By name; ConfigError with the allowed names for another."""
+    if name not in STUDIES:
+        raise ConfigError(f"study: no study {name!r}; allowed: {', '.join(STUDIES)}")
+    return STUDIES[name]
+
+
+def study_runs(
+    name: str, profile: str, seeds: Sequence[int] | None = None, methods: Sequence[str] | None = None
+) -> list[Run]:
+    """The runs of a study; the profile's own seeds and the study's own methods by default."""
+    study = find_study(name)
+    settings = study.settings(profile, list(dict.fromkeys(methods or study.methods)))  # each once
+    chosen = dict.fromkeys(seeds or find_profile(profile).seeds)
+    return [Run(setting, setting_config(profile, setting, seed)) for seed in chosen for setting in settings]
 
 
 def study_configs(
     name: str, profile: str, seeds: Sequence[int] | None = None, methods: Sequence[str] | None = None
 ) -> list[RunConfig]:
-    """The runs of a study; the profile's own seeds and all methods by default. ConfigError for an unknown name."""
-    if name not in STUDIES:
-        raise ConfigError(f"study: no study {name!r}; allowed: {', '.join(STUDIES)}")
-    chosen = list(dict.fromkeys(methods or METHODS))  # each once
-    for method in chosen:
-        find_method(method)
-    return STUDIES[name](profile, list(dict.fromkeys(seeds or find_profile(profile).seeds)), chosen)
+    """Their configurations."""
+    return [run.config for run in study_runs(name, profile, seeds, methods)]
+
+
+def study_records(
+    name: str,
+    profile: str,
+    seeds: Sequence[int] | None = None,
+    methods: Sequence[str] | None = None,
+    fresh: bool = False,
+    allow_run: bool | None = None,
+) -> list[Record]:
+    """Records of a study's runs, labelled by their settings; what is missing is run first (`study.run_study`)."""
+    runs = study_runs(name, profile, seeds, methods)
+    command = f"gnlib study {name} --profile {profile}"
+    records = run_study([run.config for run in runs], profile, fresh, allow_run, command=command)
+    return labelled(runs, records)
+
+
+def present_records(
+    name: str,
+    profile: str,
+    seeds: Sequence[int] | None = None,
+    methods: Sequence[str] | None = None,
+    fresh: bool = False,
+) -> list[Record] | None:
+    """The same if all of them exist, else None; runs nothing."""
+    runs = study_runs(name, profile, seeds, methods)
+    records = [record for record in find([run.config for run in runs], profile, fresh) if record is not None]
+    return labelled(runs, records) if len(records) == len(runs) else None
+
+
+def labelled(runs: Sequence[Run], records: Sequence[Record]) -> list[Record]:
+    for run, record in zip(runs, records, strict=True):
+        record.label = run.setting.label
+    return list(records)
+
+
+def tuned_settings(name: str, profile: str, methods: Sequence[str] | None = None) -> dict[str, Setting]:
+    """What a study (some of its methods) has to be tuned for: tuned.json's key -> setting."""
+    study = find_study(name)
+    settings: dict[str, Setting] = {}
+    for setting in study.settings(profile, methods or study.methods):
+        settings.setdefault(key(profile, setting), tunable(setting))
+    return settings

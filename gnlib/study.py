@@ -1,7 +1,8 @@
 """A study: a declared list of runs. Finds what exists, runs what is missing on this machine, reports what failed.
 
-Each run is a process of its own (`gnlib train --config`), so that a failing one does not stop the others and a killed
-study loses nothing that a run has checkpointed. `jobs` processes run at once, dealt out over the GPUs if there are any.
+The executor is chosen by name. `processes` makes each run a process of its own (`gnlib train --config`), so that a
+failing one does not stop the others and a killed study loses nothing that a run has checkpointed; `jobs` of them run at
+once, dealt out over the GPUs if there are any. `inline` trains one after another in this process (tests, debuggers).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,10 +22,11 @@ from tqdm.auto import tqdm
 
 from gnlib import record as records
 from gnlib.config import ConfigError, RunConfig
+from gnlib.estimate import cost, estimate
 from gnlib.files import data_folder, home, replacing
 from gnlib.profiles import label, records_folder
 from gnlib.record import Record, Row
-from gnlib.train import check, pinned, run_folder, start_config
+from gnlib.train import check, pinned, run_folder, start_config, train
 
 POLL_SECONDS = 0.2
 
@@ -39,11 +41,14 @@ def find(configs: Sequence[RunConfig], profile: str, fresh: bool = False) -> lis
     Shipped records come first and data/runs second; `fresh` looks at data/runs alone. A record counts if its recipe is
     the same: on another Python version the default corpus differs a little, and the shipped record says which it was.
     """
-    folders = [data_folder() / "runs"] if fresh else [records_folder(profile), data_folder() / "runs"]
-    found: dict[str, Record] = {}
-    for folder in reversed(folders):
-        found |= {record.config.recipe_id: record for record in load_folder(folder) if record.ended}
+    found = {record.config.recipe_id: record for record in _ended(profile, fresh)}
     return [found.get(config.recipe_id) for config in configs]
+
+
+def _ended(profile: str, fresh: bool = False) -> Iterable[Record]:
+    """Those of this machine, then the shipped ones."""
+    folders = [data_folder() / "runs", *([] if fresh else [records_folder(profile)])]
+    return (record for folder in folders for record in load_folder(folder) if record.ended)
 
 
 def load_folder(folder: Path) -> Iterable[Record]:
@@ -65,11 +70,13 @@ def run_study(
     allow_run: bool | None = None,
     jobs: int | None = None,
     command: str = "gnlib study",
+    executor: str | None = None,
 ) -> list[Record]:
     """Records of all configurations, in order; what is missing is run first, with progress bars.
 
-    `fresh` ignores shipped records. With `allow_run` False (the default where $CI is set) a missing record raises
-    StudyError, naming `command`. Runs that fail raise StudyError after all others have ended.
+    `fresh` ignores shipped records; `executor` is a name of EXECUTORS. With `allow_run` False (the default where $CI is
+    set) a missing record raises StudyError, naming `command`. Runs that fail raise StudyError after all others have
+    ended.
     """
     missing = [config for config, record in zip(configs, find(configs, profile, fresh), strict=True) if record is None]
     if allow_run is None:
@@ -83,17 +90,18 @@ def run_study(
             check(config)
         missing = sorted((pinned(config) for config in missing), key=cost, reverse=True)  # the longest first
         starts = {start.run_id: start for start in map(start_config, missing) if start.outer_steps}
-        execute([start for start in starts.values() if _unended(start)], jobs, keep_weights=True)
-        execute(missing, jobs)
+        execute([start for start in starts.values() if _unended(start)], jobs, keep_weights=True, executor=executor)
+        execute(missing, jobs, executor=executor)
     found = find(configs, profile, fresh)
     assert all(record is not None for record in found)
     return [record for record in found if record is not None]
 
 
-def cost(config: RunConfig) -> float:
-    """Relative cost of a run, to put the long ones first: forward passes, roughly."""
-    units = {"full": 5, "layerwise": 10, "matrix": 20}[config.method.blocks] if config.method.objective != "loss" else 3
-    return float(units * config.outer_steps * config.outer_batch)
+def expected(configs: Sequence[RunConfig], profile: str, jobs: int | None = None) -> str:
+    """What running them will cost, by the speed of the profile's records."""
+    if not configs:
+        return "0 to run"
+    return estimate(configs, _ended(profile)).with_jobs(jobs or default_jobs(configs))
 
 
 def describe(config: RunConfig) -> str:
@@ -114,8 +122,24 @@ class _Job:
     bar: tqdm[None]
 
 
-def execute(configs: Sequence[RunConfig], jobs: int | None = None, keep_weights: bool = False) -> None:
-    """Run configurations as processes, `jobs` at a time (default: one a GPU, else as many as the cores allow)."""
+def execute(
+    configs: Sequence[RunConfig], jobs: int | None = None, keep_weights: bool = False, executor: str | None = None
+) -> None:
+    """Run configurations by an executor of EXECUTORS: the one named, else $GNLIB_EXECUTOR, else processes."""
+    name = executor or os.environ.get("GNLIB_EXECUTOR", "processes")
+    if name not in EXECUTORS:
+        raise ConfigError(f"executor: no executor {name!r}; allowed: {', '.join(EXECUTORS)}")
+    EXECUTORS[name](configs, jobs, keep_weights)
+
+
+def run_inline(configs: Sequence[RunConfig], jobs: int | None, keep_weights: bool) -> None:
+    """One after another in this process; `jobs` is 1."""
+    for config in configs:
+        train(config, keep_weights=keep_weights)
+
+
+def run_processes(configs: Sequence[RunConfig], jobs: int | None, keep_weights: bool) -> None:
+    """`jobs` at a time (default: one a GPU, else as many as the cores allow), each with a progress bar."""
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs: {jobs}; at least 1")
     waiting, failed = list(configs), []
@@ -145,6 +169,10 @@ def execute(configs: Sequence[RunConfig], jobs: int | None = None, keep_weights:
         overall.close()
     if failed:
         raise StudyError("\n".join(failed))
+
+
+Executor = Callable[[Sequence[RunConfig], int | None, bool], None]  # runs, how many at once, whether to keep weights
+EXECUTORS: dict[str, Executor] = {"processes": run_processes, "inline": run_inline}
 
 
 def default_jobs(configs: Sequence[RunConfig]) -> int:

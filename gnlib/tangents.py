@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from gnlib.model import NORM_EPS, Block, BlockTape, rotate
 
+Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v or their tangents, each [B, H, S, K]
 Tangents = Mapping[str, Tensor]  # parameter name -> tangent of its shape; a missing name is zero
 
 
@@ -62,11 +63,26 @@ def gelu(x: Tensor, dx: Tensor | None) -> Tensor | None:
     return None if dx is None else torch.ops.aten.gelu_backward(dx, x)
 
 
-def attention(heads: tuple[Tensor, Tensor, Tensor], dheads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def attention(heads: Heads, dheads: Heads, y: Tensor) -> Tensor:
     """S = q k^T / sqrt K, P = softmax(S), y = P v  ->  dy = dP v + P dv.
 
-    dP = P (dS - rowsum(P dS)) with dS = (dq k^T + q dk^T) / sqrt K. All [B, H, S, K]; holds [B, H, S, S] tensors.
+    dP = P (dS - rowsum(P dS)) with dS = (dq k^T + q dk^T) / sqrt K. All [B, H, S, K]. On a GPU in bf16 or TF32 by
+    `gnlib.kernels`, without a tensor of S x S.
     """
+    if heads[0].is_cuda and (heads[0].dtype == torch.bfloat16 or (heads[0].dtype == torch.float32 and _tf32())):
+        from gnlib.kernels import attention_tangent  # needs Triton
+
+        return attention_tangent(heads, dheads, y)
+    return dense_attention(heads, dheads)
+
+
+@torch.compiler.assume_constant_result
+def _tf32() -> bool:
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+def dense_attention(heads: Heads, dheads: Heads) -> Tensor:
+    """The rule in plain PyTorch, for any device and precision; holds [B, H, S, S] tensors."""
     (q, k, v), (dq, dk, dv) = heads, dheads
     scale = q.shape[-1] ** -0.5
     future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
@@ -106,4 +122,4 @@ def _attention_from(
     dq = torch.zeros_like(q) if dquery is None else rotate(block.split(dquery), rotation).to(q.dtype)
     dk = torch.zeros_like(k) if dkey is None else rotate(block.split(dkey), rotation).to(k.dtype)
     dv = torch.zeros_like(v) if dvalue is None else block.split(dvalue).to(v.dtype)
-    return attention((q, k, v), (dq, dk, dv)).transpose(1, 2).flatten(2)
+    return attention((q, k, v), (dq, dk, dv), block.split(tape.mixed)).transpose(1, 2).flatten(2)

@@ -149,7 +149,7 @@ class _Run:
         if not self.record.rows:
             self._append(self._row(None), on_row)
         saved = time.monotonic()
-        while self.method.done < last and not self._diverged():
+        while self.method.done < last and not self._diverged() and not self._reached():
             info = self._timed_step()
             if self.method.done % every == 0 or self.method.done == last or not math.isfinite(info.train_loss):
                 self._append(self._row(info), on_row)
@@ -199,6 +199,11 @@ class _Run:
         loss, start = rows[-1]["val_loss"], rows[0]["val_loss"]
         missing = len(rows) > 1 and rows[-1]["train_loss"] is None
         return loss is None or start is None or missing or loss > DIVERGED * start
+
+    def _reached(self) -> bool:
+        """The loss that is all this run was for."""
+        loss, stop = self.record.rows[-1]["val_loss"], self.config.evaluation.stop_below
+        return stop is not None and loss is not None and loss <= stop
 
     def _append(self, row: Row, on_row: OnRow) -> None:
         self.record.rows.append(row)

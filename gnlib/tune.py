@@ -1,23 +1,28 @@
 """Tuning a method as a study: a grid around the current best, extended until the best is interior to it.
 
 The score is the one the claims use: steps to the profile's target at the tuning seed 0; among runs that do not reach
-it, the final loss. Learning rates move by factors of 2; the number of outer steps (the length of the schedule) and the
-baselines' warm-up move along ladders, until the best setting has worse neighbours on both sides along every axis.
+it, and at a fixed budget, the final loss. Learning rates move by factors of 2, the damping of conjugate gradients by 4;
+the number of outer steps (the length of the schedule) and the baselines' warm-up move along ladders, until the best
+setting has worse neighbours on both sides along every axis.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gnlib.config import RunConfig
+from gnlib.config import ConfigError, RunConfig
+from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
 from gnlib.files import exclusive, replacing
-from gnlib.profiles import Changes, find_method, find_profile, records_folder, run_config
+from gnlib.optimizers import find as optimizer
+from gnlib.profiles import Changes, find_profile, records_folder, tuning
 from gnlib.record import Record
 from gnlib.results import crossing
 from gnlib.study import StudyError, find, run_study
+from gnlib.variants import Setting, find_setting, key, most_steps, setting_config, tunable
 
 SEED = 0  # never one of the seeds that results are reported on
 WARMUPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -48,18 +53,21 @@ def ladder(field: str, start: int, values: Sequence[int], most: int) -> Axis:
     return Axis(field, lambda index: rungs[origin + index] if 0 <= origin + index < len(rungs) else None)
 
 
-def axes_of(profile: str, method: str) -> list[Axis]:
-    """What is tuned: learning rates (both parts of Muon), the number of outer steps up to the profile's cap, and the
-    baselines' warm-up."""
-    config = run_config(profile, method, use_tuned=False)
-    inner = config.method.inner
-    axes = [geometric("method.inner.lr", inner.lr)]
-    if inner.optimizer == "muon":
-        axes.append(geometric("method.inner.adam_lr", inner.adam_lr or inner.lr))
-    newton = find_method(method).is_gauss_newton
-    most = find_profile(profile).most_steps[0 if newton else 1]
-    axes.append(ladder("outer_steps", config.outer_steps, STEPS, most))
-    return axes if newton else [*axes, ladder("method.inner.warmup", inner.warmup, WARMUPS, most)]
+def axes_of(profile: str, setting: Setting) -> list[Axis]:
+    """What is tuned: learning rates (also that of an AdamW part) or the damping, the number of outer steps up to a cap
+    where a schedule depends on it, and the baselines' warm-up."""
+    config = setting_config(profile, setting, use_tuned=False)
+    inner, axes = config.method.inner, []
+    if inner.optimizer == CONJUGATE_GRADIENT:
+        axes.append(geometric("method.inner.options.damping", float(inner.options["damping"]), factor=4.0))
+    else:
+        axes.append(geometric("method.inner.lr", inner.lr))
+        if optimizer(inner.optimizer).adam_beside:
+            axes.append(geometric("method.inner.adam_lr", inner.adam_lr or inner.lr))
+    most = config.outer_steps if setting.budget else most_steps(profile, setting)
+    if not (setting.budget or inner.schedule == "constant"):  # where the length changes nothing before its end
+        axes.append(ladder("outer_steps", config.outer_steps, STEPS, most))
+    return axes if setting.is_gauss_newton else [*axes, ladder("method.inner.warmup", inner.warmup, WARMUPS, most)]
 
 
 def score(record: Record, target: float) -> Score:
@@ -71,19 +79,28 @@ def score(record: Record, target: float) -> Score:
 
 
 def tune(
-    profile: str, method: str, jobs: int | None = None, rounds: int = MAX_ROUNDS, allow_run: bool = True
+    profile: str,
+    method: str | Setting,
+    jobs: int | None = None,
+    rounds: int = MAX_ROUNDS,
+    allow_run: bool = True,
 ) -> dict[str, Any]:
-    """Search the grid and write the result to the profile's tuned.json; returns the method's entry.
+    """Search the grid and write the result to the profile's tuned.json; returns the entry of the method or setting.
 
     With `allow_run` False it goes by the records there are: the optimum may then not be interior, and says so.
 
     The entry holds the settings, the score, whether the optimum is interior, and every trial with its run's name.
     """
-    command = f"gnlib tune --profile {profile} --methods {method}"
-    axes, target = axes_of(profile, method), find_profile(profile).target
+    setting = find_setting(method) if isinstance(method, str) else method
+    name = key(profile, setting)
+    if tunable(setting) != setting:
+        raise ConfigError(f"method: {setting.name} runs with the settings of {setting.base}, tune that")
+    command = command_for(profile, setting)
+    axes = axes_of(profile, setting)
+    target = -math.inf if setting.budget else find_profile(profile).target
 
     def config(settings: Changes) -> RunConfig:
-        return run_config(profile, method, SEED, settings, use_tuned=False)
+        return setting_config(profile, setting, SEED, settings, use_tuned=False)
 
     def known(configs: list[RunConfig]) -> list[Record | None]:
         return find(configs, profile)
@@ -93,9 +110,9 @@ def tune(
 
     trials = search(axes, target, config, run if allow_run else None, known, rounds)
     if not trials:
-        raise StudyError(f"{method}, profile {profile}: no records to tune by; run: {command}")
+        raise StudyError(f"{name}, profile {profile}: no records to tune by; run: {command}")
     entry = entry_of(axes, trials)
-    _merge(profile, method, entry)
+    _merge(profile, name, entry)
     return entry
 
 
@@ -144,6 +161,22 @@ def open_fields(axes: list[Axis], trials: Trials) -> list[str]:
     return [axis.field for index, axis in enumerate(axes) if any(missing[2 * index : 2 * index + 2])]
 
 
+def ensure_tuned(profile: str, settings: Sequence[Setting], allow_run: bool) -> None:
+    """Tune what tuned.json lacks; StudyError naming the first command if that is not allowed, as where $CI is set."""
+    missing = [setting for setting in settings if not tuning(profile, key(profile, setting))]
+    if missing and (not allow_run or os.environ.get("CI")):
+        what = f"{len(missing)} of {len(settings)} settings are not tuned"
+        raise StudyError(f"{what}; run: {command_for(profile, missing[0])}")
+    for setting in missing:
+        tune(profile, setting)
+
+
+def command_for(profile: str, setting: Setting) -> str:
+    """The command line that tunes a setting."""
+    batch = f" --batch {setting.batch}" if setting.batch else ""
+    return f"gnlib tune --profile {profile} --methods {setting.name}{batch}{' --budget' if setting.budget else ''}"
+
+
 def neighbours(point: Point) -> list[Point]:
     """The points one step away along one axis."""
     return [
@@ -180,10 +213,10 @@ def entry_of(axes: list[Axis], trials: Trials) -> dict[str, Any]:
     return {"settings": _settings(axes, _best(trials)), "interior": interior, "trials": [row(p) for p in ordered]}
 
 
-def _merge(profile: str, method: str, entry: dict[str, Any]) -> None:
+def _merge(profile: str, name: str, entry: dict[str, Any]) -> None:
     path = records_folder(profile) / "tuned.json"
     with exclusive(path):  # several methods may be tuned at once
         table = json.loads(path.read_text()) if path.exists() else {}
-        table[method] = entry
+        table[name] = entry
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")

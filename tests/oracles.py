@@ -328,6 +328,92 @@ def soap(
 # ---------------------------------------------------------------- outer steps
 
 
+def shampoo(theta: Tensor, gradients: Gradients, lrs: Sequence[float], weight_decay: float) -> Tensor:
+    """theta <- (1 - lr wd) theta - lr L^(-1/4) G R^(-1/4), L and R sums of G G^T and G^T G (arXiv 1802.09568)."""
+
+    def inverse_fourth_root(matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        return (vectors * values**-0.25) @ vectors.T
+
+    left, right = (1e-6 * torch.eye(size, dtype=theta.dtype) for size in theta.shape)
+    for g, lr in zip(gradients, lrs, strict=True):
+        left, right = left + g @ g.T, right + g.T @ g
+        theta = (1 - lr * weight_decay) * theta - lr * inverse_fourth_root(left) @ g @ inverse_fourth_root(right)
+    return theta
+
+
+def schedule_free_adamw(
+    theta: Tensor,
+    gradient: Callable[[Tensor], Tensor],
+    lrs: Sequence[float],
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> list[Tensor]:
+    """The averages x_1, x_2, ... (arXiv 2405.15682, algorithm 1, averaging weights the largest lr so far, squared).
+
+    y = (1 - beta_1) z + beta_1 x; z <- z - lr (g / sqrt(v_hat) + wd y) with g at y; x <- (1 - c) x + c z.
+    """
+    x, z, v, total, averages = theta, theta, torch.zeros_like(theta), 0.0, []
+    for t, lr in enumerate(lrs, 1):
+        y = (1 - betas[0]) * z + betas[0] * x
+        g = gradient(y)
+        v = betas[1] * v + (1 - betas[1]) * g**2
+        z = z - lr * (g / ((v / (1 - betas[1] ** t)).sqrt() + 1e-8) + weight_decay * y)
+        weight = max(lrs[:t]) ** 2
+        total += weight
+        x = (1 - weight / total) * x + weight / total * z
+        averages.append(x)
+    return averages
+
+
+def classifier_factors(
+    weights: Mapping[str, Tensor], inputs: Tensor, labels: Tensor
+) -> list[tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]]:
+    """For W_0 and W_2 of x -> W_2 gelu(W_0 x + b_0) + b_2 under cross-entropy, example by example: the pairs (a, g) of
+    input and output gradient, and their mean outer products A and S (arXiv 1503.05671)."""
+    pairs: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
+    for x, label in zip(inputs, labels, strict=True):
+        before = weights["0.weight"] @ x + weights["0.bias"]
+        normal_cdf = 0.5 * (1 + torch.erf(before / math.sqrt(2)))
+        slope = normal_cdf + before * torch.exp(-(before**2) / 2) / math.sqrt(2 * math.pi)
+        hidden = before * normal_cdf
+        z = weights["2.weight"] @ hidden + weights["2.bias"]
+        g = torch.exp(z - z.logsumexp(0))
+        g[label] -= 1
+        pairs[1].append((hidden, g))
+        pairs[0].append((x, slope * (weights["2.weight"].T @ g)))
+    n = len(inputs)
+    return [(ps, sum(torch.outer(a, a) for a, _ in ps) / n, sum(torch.outer(g, g) for _, g in ps) / n) for ps in pairs]
+
+
+def kronecker_direction(gradient: Tensor, S: Tensor, A: Tensor, damping: float) -> Tensor:
+    """(S (x) A + damping mean(eigenvalues) I)^-1 vec(gradient), by a dense solve; gradient [out, in] in row order."""
+    G = torch.kron(S, A)
+    ridge = damping * G.trace() / len(G) * torch.eye(len(G), dtype=G.dtype)
+    return torch.linalg.solve(G + ridge, gradient.flatten()).reshape(gradient.shape)
+
+
+def whitening(matrix: Tensor) -> Tensor:
+    """(X X^T)^(-1/2) X sqrt(n) for m <= n rows, by eigenvalues; of the transpose for m > n (arXiv 2412.13148)."""
+    rows, columns = matrix.shape
+    if rows > columns:
+        return whitening(matrix.T).T
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    return math.sqrt(columns) * (vectors / values.sqrt()) @ vectors.T @ matrix
+
+
+def sinkgd(matrix: Tensor, sweeps: int) -> Tensor:
+    """Rows to length sqrt(n), then columns to sqrt(m), `sweeps` times (arXiv 2502.06742, algorithm 3)."""
+    x = matrix.clone()
+    rows, columns = x.shape
+    for _ in range(sweeps):
+        for i in range(rows):
+            x[i] *= math.sqrt(columns) / math.sqrt(sum(x[i, j].item() ** 2 for j in range(columns)))
+        for j in range(columns):
+            x[:, j] *= math.sqrt(rows) / math.sqrt(sum(x[i, j].item() ** 2 for i in range(rows)))
+    return x
+
+
 def inner_solution(
     start: dict[str, Tensor],
     gradient: Callable[[dict[str, Tensor]], dict[str, Tensor]],

@@ -18,6 +18,7 @@ from gnlib import tune as tuning
 from gnlib.profiles import METHODS, PROFILES, run_config
 from gnlib.record import Record
 from gnlib.studies import STUDIES
+from gnlib.variants import Setting
 
 COMMANDS = ("profiles", "prepare", "train", "study", "tune", "compare", "claims", "export", "verify")
 SHORT = ("--profile", "tiny", "--method", "adamw", "--set", "start.chinchilla_fraction=0", "--set", "outer_steps=1")
@@ -219,7 +220,8 @@ def test_a_dry_run_lists_what_is_missing_and_writes_nothing(gnlib: Call, home: P
     code, out, err = gnlib("study", "iteration_complexity", "--profile", "tiny", "--seeds", "1", "2", "--dry-run")
     lines = out.splitlines()
     assert (code, err) == (0, "") and not files(home)
-    assert lines[0] == "iteration_complexity, profile tiny: 12 runs, 12 to run" and len(lines) == 13
+    assert lines[0] == "iteration_complexity, profile tiny: 12 runs, 12 to run, at most 0.1 M tokens, time unknown"
+    assert len(lines) == 13
     assert "GN, batch 64, lr 0.02, seed 1" in lines[1] and "3 steps of 1024 tokens" in lines[1]
 
 
@@ -229,8 +231,8 @@ def test_a_study_may_be_of_some_methods_only(gnlib: Call) -> None:
 
 
 def test_tune_says_which_optima_are_not_interior(gnlib: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def found(profile: str, method: str, *_: Any, **__: Any) -> dict[str, Any]:
-        return {"settings": {"method.inner.lr": 0.1}, "interior": method == "soap", "trials": [{}] * 7}
+    def found(profile: str, setting: Setting, *_: Any, **__: Any) -> dict[str, Any]:
+        return {"settings": {"method.inner.lr": 0.1}, "interior": setting.name == "soap", "trials": [{}] * 7}
 
     monkeypatch.setattr(cli, "tune_method", found)
     code, out, _ = gnlib("tune", "--profile", "tiny", "--methods", "soap", "adamw")

@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gnlib import readme, results
 from gnlib.files import home
-from gnlib.studies import study_configs
-from gnlib.study import run_study
+from gnlib.profiles import find_profile
+from gnlib.record import Record
+from gnlib.studies import study_configs, study_records
+from gnlib.study import StudyError
+
+Table = Callable[[list[Record], float], Any]  # records, target -> the table behind the figure
+
+
+def curves(records: list[Record], target: float) -> Any:
+    return results.curves(records)
+
+
+def ends(records: list[Record], target: float) -> Any:
+    return results.ends(records)
+
+
+FIGURES: dict[str, tuple[str, Table]] = {  # notebook -> study, table
+    "01_iteration_complexity": ("iteration_complexity", curves),
+    "02_critical_batch_size": ("critical_batch_size", results.steps_to_target),
+    "03_fixed_budget": ("fixed_budget", ends),
+    "04_prox_linear": ("prox_linear", curves),
+    "05_layerwise": ("layerwise", curves),
+    "06_schedules": ("schedules", results.steps_to_target),
+    "07_line_search": ("line_search", curves),
+    "08_inner_solver": ("inner_solver", curves),
+}
+DRAWN: dict[str, dict[str, list[str] | None]] = {  # profile -> notebook -> methods; None is all
+    "laptop": dict.fromkeys(FIGURES),
+    "h200": {"01_iteration_complexity": ["gauss_newton", "prox_linear", "muon", "soap", "adamw"]},
+}
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 named = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -48,64 +79,65 @@ def test_no_trace_of_one_execution_is_left(path: Path) -> None:
     assert not any({"papermill", "execution"} & cell["metadata"].keys() for cell in notebook["cells"])
 
 
-def test_papermill_trains_what_is_missing_in_the_tiny_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+RUNNING = [path for path in NOTEBOOKS if not path.stem.startswith("00")]  # 00 has no runs
+SMALLER: dict[str, dict[str, Any]] = {
+    "10_your_own_optimizer": {"methods": ["gauss_newton", "adamw"], "batches": [64], "trials": 1},
+    "11_learning_rates": {"methods": ["adamw"]},
+}  # than all, in the tiny profile
+
+
+@pytest.mark.parametrize("path", RUNNING, ids=lambda path: path.stem)
+def test_papermill_trains_what_is_missing_in_the_tiny_profile(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From an empty run folder to the figure, its table and the claims."""
     import papermill
 
     monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    monkeypatch.setenv("GNLIB_EXECUTOR", "inline")
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.delenv("GNLIB_DATA", raising=False)
-    papermill.execute_notebook(
-        home_of_notebook("01_iteration_complexity"),
-        tmp_path / "executed.ipynb",
-        {"profile": "tiny", "seeds": [1], "rerun": True},
-        kernel_name="python3",
-        progress_bar=False,
-    )
-    written = {path.name for path in (tmp_path / "figures" / "tiny").iterdir()}
-    assert written == {f"01_iteration_complexity.{suffix}" for suffix in ("png", "pdf", "csv")}
-    assert len(list((tmp_path / "data" / "runs").glob("*/record.jsonl"))) == 7  # six methods and their start
+    parameters = {"profile": "tiny", "seeds": [1], "rerun": True} | SMALLER.get(path.stem, {})
+    executed = tmp_path / "executed.ipynb"
+    papermill.execute_notebook(path, executed, parameters, kernel_name="python3", progress_bar=False)
+    written = {file.name for file in (tmp_path / "figures" / "tiny").iterdir()}
+    assert {f"{path.stem}.{suffix}" for suffix in ("png", "pdf", "csv")} <= written
+    assert len(list((tmp_path / "data" / "runs").glob("*/record.jsonl"))) > 3  # the start and some runs
 
 
-def test_papermill_tunes_and_compares_an_optimiser_in_the_tiny_profile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def cell(path: Path, name: str) -> str:
+    return next("".join(cell["source"]) for cell in code_cells(path) if cell["id"] == name)
+
+
+@pytest.mark.parametrize("stem", FIGURES)
+def test_without_one_of_its_records_a_notebook_fails_in_ci_with_the_command_to_run(
+    stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At one batch with one trial; the references are trained too."""
-    import papermill
-
+    path, study = next(path for path in NOTEBOOKS if path.stem == stem), FIGURES[stem][0]
+    needed = study_configs(study, "laptop")[-1].recipe_id
+    shutil.copytree(home() / "data" / "records", tmp_path / "data" / "records")
     monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
-    monkeypatch.delenv("CI", raising=False)
     monkeypatch.delenv("GNLIB_DATA", raising=False)
-    parameters = {"profile": "tiny", "seeds": [1], "methods": ["gauss_newton", "adamw"], "batches": [64], "trials": 1}
-    papermill.execute_notebook(
-        home_of_notebook("10_your_own_optimizer"),
-        tmp_path / "executed.ipynb",
-        parameters | {"optimizer": "torch.optim.Adagrad", "kwargs": {"lr": 0.1}, "rerun": True},
-        kernel_name="python3",
-        progress_bar=False,
-    )
-    written = {path.name for path in (tmp_path / "figures" / "tiny").iterdir()}
-    assert written == {f"10_your_own_optimizer.{suffix}" for suffix in ("png", "pdf", "csv")}
-    assert len(list((tmp_path / "data" / "runs").glob("*/record.jsonl"))) == 5  # start, two references, trial, seed 1
+    monkeypatch.setenv("CI", "true")
+    names: dict[str, object] = {}
+    exec(cell(path, "parameters") + "\n" + cell(path, "imports"), names)
+    exec(cell(path, "study"), names)  # all there
+    (tmp_path / "data" / "records" / "laptop" / f"{needed}.jsonl").unlink()
+    with pytest.raises(StudyError, match=f"1 of .* missing.*{needed}.*; run: gnlib study {study} --profile laptop"):
+        exec(cell(path, "study"), names)
 
 
-def home_of_notebook(stem: str) -> Path:
-    return next(path for path in NOTEBOOKS if path.stem == stem)
+@pytest.mark.parametrize(("profile", "stem"), [(p, stem) for p, stems in DRAWN.items() for stem in stems])
+def test_the_figures_table_is_that_of_the_shipped_records(profile: str, stem: str) -> None:
+    study, table = FIGURES[stem]
+    records = study_records(study, profile, methods=DRAWN[profile][stem], allow_run=False)
+    found = table(records, find_profile(profile).target)
+    assert found.to_csv(index=False, float_format="%.6g", lineterminator="\n") == committed(profile, stem)
 
 
-DRAWN = {"laptop": None, "h200": ["gauss_newton", "prox_linear", "muon", "soap", "adamw"]}  # methods; None is all
-
-
-@pytest.mark.parametrize("profile", DRAWN)
-def test_the_figures_table_is_that_of_the_shipped_records(profile: str) -> None:
-    configs = study_configs("iteration_complexity", profile, methods=DRAWN[profile])
-    curves = results.curves(run_study(configs, profile, allow_run=False))
-    assert curves.to_csv(index=False, float_format="%.6g", lineterminator="\n") == committed(profile)
-
-
-def committed(profile: str) -> str:
+def committed(profile: str, stem: str) -> str:
     """The table as committed: `make reproduce` leaves a newly trained one in its place."""
-    path = f"figures/{profile}/01_iteration_complexity.csv"
+    path = f"figures/{profile}/{stem}.csv"
     shown = subprocess.run(["git", "-C", str(home()), "show", f"HEAD:{path}"], capture_output=True, text=True)
     return (home() / path).read_text() if shown.returncode else shown.stdout
 

@@ -20,7 +20,8 @@ FACTORS = (1.0, 0.5, 0.8, 0.1)  # of the learning rate, one a step
 
 
 def _inner(**settings: object) -> InnerConfig:
-    return InnerConfig.model_validate({"clip": None, **settings})
+    schedule = "constant" if settings.get("optimizer") == "schedule_free" else "global_cosine"
+    return InnerConfig.model_validate({"clip": None, "schedule": schedule, **settings})
 
 
 def _start(names: list[str] | None = None) -> dict[str, Tensor]:
@@ -239,7 +240,7 @@ def _refused(**settings: object) -> str:
     return message
 
 
-@pytest.mark.parametrize(("name", "near"), [("moun", "muon"), ("adam", "adamw"), ("saop", "soap")])
+@pytest.mark.parametrize(("name", "near"), [("moun", "muon"), ("adm", "adam"), ("saop", "soap")])
 def test_an_unknown_name_lists_the_near_ones(name: str, near: str) -> None:
     message = _refused(optimizer=name)
     assert message.startswith("method.inner.optimizer: ")
@@ -289,10 +290,10 @@ def test_an_impossible_option_is_a_one_line_error(optimizer: str, option: dict[s
 
 def test_a_solver_continues_from_its_saved_state() -> None:
     start = _start()
-    gradients = _gradients(start, 6)
     for optimizer in registry:
+        gradients = _gradients(start, 6)
         inner = _inner(optimizer=optimizer, lr=0.1)
-        whole = _run(inner, start, gradients)
+        whole = _run(inner, start, _gradients(start, 6))
         first = {name: t.clone().requires_grad_() for name, t in start.items()}
         solver = Solver(first, MATRICES, inner)
         for index in range(3):

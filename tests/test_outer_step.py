@@ -429,8 +429,9 @@ def test_a_saved_and_loaded_state_continues_bit_identically(optimizer: str, obje
     """Through a file that holds tensors and plain values alone (weights_only), for every optimiser."""
     config = run_config(**SEARCH, **{
         "method.objective": objective, "method.inner.optimizer": optimizer, "method.blocks": "layerwise",
-        "method.inner.steps": 2, "method.inner.warm_start": warm_start, "method.inner.schedule": "global_cosine",
-        "method.inner.lr": 0.3, "outer_batch": 4, "outer_steps": 4,
+        "method.inner.steps": 2, "method.inner.warm_start": warm_start,
+        "method.inner.schedule": "constant" if optimizer == "schedule_free" else "global_cosine",
+        "method.inner.lr": 0.003, "outer_batch": 4, "outer_steps": 4,
     })
     model, stream = tiny_decoder(), _many_tokens()
     outer = OuterStep(model, CrossEntropy(), config)

@@ -16,8 +16,9 @@ from gnlib import record as records
 from gnlib import studies, study
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import data_folder
-from gnlib.profiles import METHODS, label, run_config
+from gnlib.profiles import METHODS, method_of, run_config
 from gnlib.record import Record
+from gnlib.results import label
 from gnlib.study import StudyError, describe, execute, find, run_study
 from gnlib.train import pinned, run_folder, start_config, train
 
@@ -185,6 +186,23 @@ def test_a_complete_study_is_read_wherever_nothing_may_run(home: Path, monkeypat
     assert run_study([short("adamw")], "tiny") == [of(short("adamw"))]
 
 
+@pytest.mark.usefixtures("nothing_runs")
+def test_the_inline_executor_trains_in_this_process_with_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [short("adamw", start__chinchilla_fraction=0.001), short("muon", start__chinchilla_fraction=0.001)]
+    inline = run_study(configs, "tiny", executor="inline")
+    assert [record.status for record in inline] == ["finished"] * 2
+    monkeypatch.setenv("GNLIB_EXECUTOR", "inline")  # the default
+    assert run_study([short("soap")], "tiny")[0].status == "finished"
+    again = train(configs[0], torch.device("cpu"))
+    assert [row["val_loss"] for row in again.rows] == [row["val_loss"] for row in inline[0].rows]
+
+
+def test_an_unknown_executor_is_refused(launched: list[list[str]]) -> None:
+    with pytest.raises(ConfigError, match="no executor 'slurm'; allowed: processes, inline"):
+        run_study([short("adamw")], "tiny", executor="slurm")
+    assert not launched
+
+
 # ---------------------------------------------------------------- finding
 
 
@@ -228,11 +246,29 @@ def test_a_diverged_record_counts_and_an_unfinished_one_does_not(home: Path) -> 
 
 def test_iteration_complexity_has_every_method_with_every_seed_of_the_profile() -> None:
     configs = studies.study_configs("iteration_complexity", "laptop")
-    assert [(label(config), config.seed) for config in configs] == [
-        (method.label, seed) for seed in (1, 2, 3) for method in METHODS.values()
+    assert [(method_of(config), config.seed) for config in configs] == [
+        (method, seed) for seed in (1, 2, 3) for method in METHODS
     ]
     assert len({config.outer_batch for config in configs}) == len({start_config(c).run_id for c in configs}) == 1
     assert {config.seed for config in studies.study_configs("iteration_complexity", "tiny", [7])} == {7}
+
+
+def test_records_of_a_study_are_labelled_by_their_settings(home: Path) -> None:
+    """The same run may have different names in different studies, and a file holds none."""
+    runs = studies.study_runs("prox_linear", "tiny", [1])
+    for run in runs:
+        ship(home, of(run.config))
+    names = ["GN", "GN-prox-linear", "GN, no line search", "GN-prox-linear, no line search"]
+    assert [label(record) for record in studies.study_records("prox_linear", "tiny", [1], allow_run=False)] == names
+    some = studies.present_records("prox_linear", "tiny", [1], ["prox_linear_no_search"])
+    assert some is not None and [label(record) for record in some] == names[3:]
+    assert studies.present_records("prox_linear", "tiny", [1, 2]) is None
+    assert not any("label" in path.read_text() for path in home.rglob("*.jsonl"))
+
+
+def test_a_study_says_which_command_trains_what_is_missing() -> None:
+    with pytest.raises(StudyError, match="run: gnlib study line_search --profile tiny"):
+        studies.study_records("line_search", "tiny", allow_run=False)
 
 
 def test_an_unknown_study_or_profile_is_refused_in_one_line() -> None:

@@ -129,6 +129,14 @@ def test_rows_are_of_the_start_each_evaluation_and_the_last_step() -> None:
     assert compared([each[step] for step in (0, 2, 4, 5)]) == compared(record.rows)
 
 
+def test_a_run_that_is_for_a_target_ends_at_its_first_evaluation_below_it_and_is_otherwise_the_same() -> None:
+    whole = run(cold("adamw", outer_steps=6, evaluation__every=2)).rows
+    target = whole[2]["val_loss"]
+    short = run(cold("adamw", outer_steps=6, evaluation__every=2, evaluation__stop_below=target))
+    assert [row["outer_step"] for row in short.rows] == [0, 2, 4] and short.status == "finished"
+    assert compared(short.rows) == compared(whole[:3])
+
+
 # ---------------------------------------------------------------- a finished run
 
 

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 from test_results import made
 
+from gnlib import cli, study
 from gnlib import record as records
-from gnlib import study
 from gnlib import tune as tuning
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import replacing
 from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
 from gnlib.study import StudyError
-from gnlib.tune import STEPS, score, tune
+from gnlib.tune import STEPS, command_for, ensure_tuned, score, tune
+from gnlib.variants import Setting, setting_config
 
 TARGET = find_profile("laptop").target
 
@@ -233,8 +234,8 @@ def test_without_running_the_search_goes_by_the_records_there_are(home: Path, mo
 
 def test_an_unknown_method_is_refused_before_anything_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = runs_on(bowl(0.01, 32), monkeypatch)
-    with pytest.raises(ConfigError, match="no method 'adam'; near or allowed: adamw"):
-        tune("laptop", "adam")
+    with pytest.raises(ConfigError, match="no method 'adamm'; near or allowed: adam"):
+        tune("laptop", "adamm")
     assert not runs.rounds and not list(home.iterdir())
 
 
@@ -252,3 +253,91 @@ def test_the_warm_up_of_a_baseline_is_tuned_and_gauss_newton_has_none(monkeypatc
     monkeypatch.setattr(tuning, "run_study", Runs(lambda config: 5 + abs(config.method.inner.warmup - 12)))
     assert tune("laptop", "soap")["settings"]["method.inner.warmup"] == 12
     assert "method.inner.warmup" not in tune("laptop", "gauss_newton")["settings"]
+
+
+# ---------------------------------------------------------------- other settings than a method's own
+
+
+def test_another_batch_is_tuned_from_the_scaled_settings_and_kept_apart(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(lambda config: 10 + abs(math.log2(config.method.inner.lr / 0.02)))
+    monkeypatch.setattr(tuning, "run_study", runs)
+    entry = tune("laptop", Setting("adamw", 512))
+    assert runs.rounds[0][0].method.inner.lr == 0.005  # half of the method's own
+    assert entry["settings"]["method.inner.lr"] == 0.02 and list(table(home)) == ["adamw@512"]
+    assert {config.outer_batch for config in runs.configs} == {512}
+    assert run_config("laptop", "adamw").method.inner.lr == 0.01
+    assert setting_config("laptop", Setting("adamw", 512)).method.inner.lr == 0.02
+
+
+def test_at_a_budget_the_final_loss_decides_and_the_length_is_given(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the target is reached early."""
+
+    def trained(configs: Sequence[RunConfig], *_: Any, **__: Any) -> list[Record]:
+        found = []
+        for config in configs:
+            loss = TARGET - 1 + abs(math.log2(config.method.inner.lr / 0.04))
+            record = made("adamw", [TARGET + 1, loss], profile="laptop")
+            record.config = config
+            found.append(record)
+        return found
+
+    monkeypatch.setattr(tuning, "run_study", trained)
+    entry = tune("laptop", Setting("gauss_newton", 2048, budget=True))
+    assert entry["settings"]["method.inner.lr"] == 0.04 and "outer_steps" not in entry["settings"]
+    assert entry["trials"][0]["steps_to_target"] is None and entry["interior"] is True
+    assert list(table(home)) == ["gauss_newton@2048:budget"]
+
+
+def test_conjugate_gradients_are_tuned_by_their_damping_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no learning rate and no schedule."""
+    best = 0.16
+
+    def surface(config: RunConfig) -> float:
+        return 2 + abs(math.log2(float(config.method.inner.options["damping"]) / best))
+
+    monkeypatch.setattr(tuning, "run_study", Runs(surface))
+    entry = tune("laptop", "inner_cg")
+    assert entry["settings"] == {"method.inner.options.damping": best} and entry["interior"] is True
+    assert setting_config("laptop", Setting("inner_cg")).method.inner.options == {"damping": best}
+
+
+def test_a_variant_with_its_methods_settings_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = runs_on(bowl(0.01, 32), monkeypatch)
+    with pytest.raises(ConfigError, match="muon_search runs with the settings of muon, tune that"):
+        tune("laptop", "muon_search")
+    assert not runs.rounds
+
+
+@pytest.mark.parametrize("setting", [Setting("adamw"), Setting("constant", 128), Setting("soap", 512, budget=True)])
+def test_the_command_that_is_named_tunes_that_setting(
+    setting: Setting, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned: list[Setting] = []
+
+    def found(profile: str, chosen: Setting, *_: Any, **__: Any) -> dict[str, Any]:
+        tuned.append(chosen)
+        return {"settings": {}, "interior": True, "trials": []}
+
+    monkeypatch.setattr(cli, "tune_method", found)
+    monkeypatch.setattr("sys.argv", command_for("laptop", setting).split())
+    cli.main()
+    assert tuned == [setting]
+
+
+def test_what_is_not_tuned_yet_is_tuned_or_named_where_nothing_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = runs_on(bowl(0.01, 32), monkeypatch)
+    settings = [Setting("adamw"), Setting("adamw", 512)]
+    tune("laptop", settings[0])
+    before = len(runs.rounds)
+    with pytest.raises(StudyError, match=r"1 of 2 settings are not tuned; run: gnlib tune .* adamw --batch 512"):
+        ensure_tuned("laptop", settings, allow_run=False)
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(StudyError, match="not tuned"):
+        ensure_tuned("laptop", settings, allow_run=True)
+    monkeypatch.delenv("CI")
+    ensure_tuned("laptop", settings, allow_run=True)
+    assert {config.outer_batch for round in runs.rounds[before:] for config in round} == {512}

@@ -1,0 +1,74 @@
+"""What runs will cost before they start: tokens exactly, time from the measured speed of the records there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from gnlib.config import RunConfig
+from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
+from gnlib.line_search import step_sizes
+from gnlib.record import Record
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of several runs at most: a run may stop early."""
+
+    runs: int
+    tokens: int
+    """For training and line search."""
+    seconds: float | None
+    """Of one process after the other; None where there is no record to measure speed by."""
+
+    def __str__(self) -> str:
+        time = "time unknown" if self.seconds is None else f"about {_duration(self.seconds)} of one process"
+        return f"{self.runs} to run, at most {self.tokens / 1e6:.1f} M tokens, {time}"
+
+    def with_jobs(self, jobs: int) -> str:
+        """The same with what `jobs` runs at a time would take."""
+        jobs = min(jobs, self.runs)
+        return str(self) if self.seconds is None else f"{self}, {_duration(self.seconds / jobs)} with {jobs} at a time"
+
+
+def estimate(configs: Sequence[RunConfig], measured: Iterable[Record]) -> Cost:
+    """The cost of `configs`, by the median speed of measured runs of the same kind; of all runs if there is none."""
+    speeds: dict[tuple[str, str], list[float]] = {}
+    for record in measured:
+        if (seconds := record.rows[-1]["wall_s"]) > 0:
+            speeds.setdefault(_kind(record.config), []).append(cost(record.config, steps_done(record)) / seconds)
+    everything = [speed for group in speeds.values() for speed in group]
+    tokens = sum(sequences_read(config) * config.data.sequence_length for config in configs)
+    if not everything:
+        return Cost(len(configs), tokens, None)
+    seconds = sum(cost(config) / median(speeds.get(_kind(config), everything)) for config in configs)
+    return Cost(len(configs), tokens, seconds)
+
+
+def cost(config: RunConfig, steps: int | None = None) -> float:
+    """Of a run of so many outer steps (all by default), in forward passes of a sequence, evaluation not included."""
+    method, steps = config.method, config.outer_steps if steps is None else steps
+    units = {"full": 5.0, "layerwise": 7.0, "matrix": 20.0}[method.blocks] if method.objective != "loss" else 3.0
+    if method.inner.optimizer == CONJUGATE_GRADIENT:  # the gradient, then products on a share of the batch
+        units = 4.0 + 5.0 * method.inner.steps * float(method.inner.options.get("fraction", 0.125))
+    searched = len(step_sizes(method.line_search)) * method.line_search.fraction if method.line_search else 0.0
+    return steps * config.outer_batch * (units + searched)
+
+
+def sequences_read(config: RunConfig) -> int:
+    """For training and line search, by a run that takes all its steps."""
+    searched = config.method.line_search.fraction if config.method.line_search else 0.0
+    return round(config.outer_steps * config.outer_batch * (1 + searched))
+
+
+def steps_done(record: Record) -> int:
+    return record.rows[-1]["outer_step"]
+
+
+def _kind(config: RunConfig) -> tuple[str, str]:
+    return config.method.blocks, config.method.inner.optimizer if config.method.objective == "loss" else "linearised"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,0 +1,122 @@
+"""What the claims measure: records grouped by label and the target loss -> one figure with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from gnlib.critical_batch import CriticalBatch, critical
+from gnlib.profiles import METHODS
+from gnlib.record import Record
+from gnlib.results import Crossing, Estimate, crossing, estimate, final_loss, ratio, value_at
+from gnlib.variants import find_setting
+
+Groups = dict[str, list[Record]]  # label -> records
+Measure = Callable[[Groups, float], Estimate]  # groups, target loss -> figure
+BASELINES = tuple(name for name, method in METHODS.items() if not method.is_gauss_newton)
+
+
+def _steps(c: Crossing) -> float:
+    return c.steps
+
+
+def _named(groups: Groups, name: str) -> list[Record]:
+    return groups[find_setting(name).label]
+
+
+def step_ratio(method: str, reference: str = "gauss_newton") -> Measure:
+    """Steps to target of one method over another's."""
+    return lambda groups, target: ratio(_named(groups, method), _named(groups, reference), target, _steps)
+
+
+def _best_ratio(names: Sequence[str], groups: Groups, target: float) -> Estimate:
+    """Steps of the one that is fastest on average, over Gauss-Newton's; a diverged one is never it."""
+    sound = [name for name in names if all(r.status == "finished" for r in _named(groups, name))]
+    ratios = [step_ratio(name)(groups, target) for name in sound] or [Estimate(math.nan, None, 0)]
+    return min(ratios, key=lambda r: math.inf if math.isnan(r.mean) else r.mean)
+
+
+def best_baseline_ratio(groups: Groups, target: float) -> Estimate:
+    """Steps to target of the best baseline over Gauss-Newton's."""
+    return _best_ratio(BASELINES, groups, target)
+
+
+def best_searching_ratio(groups: Groups, target: float) -> Estimate:
+    """The same for the baselines with a line search."""
+    return _best_ratio([f"{name}_search" for name in BASELINES], groups, target)
+
+
+def early_lead(groups: Groups, target: float) -> Estimate:
+    """Share of the way from start to target that the best baseline has made by the step at which GN has made half."""
+    others = [record for name in BASELINES for record in _named(groups, name)]
+    shares = []
+    for record in _named(groups, "gauss_newton"):
+        start = record.rows[0]["val_loss"] or math.nan
+        half_way = crossing(record, (start + target) / 2)
+        losses = [_loss_at(other, half_way.steps) for other in others if other.config.seed == record.config.seed]
+        shares.append(math.nan if half_way.censored else (start - min(losses)) / (start - target))
+    return estimate(shares)
+
+
+def _loss_at(record: Record, step: float) -> float:
+    """Validation loss at a step between two evaluations; inf once diverged."""
+    loss = value_at(record, step, lambda row: row["val_loss"])
+    return math.inf if math.isnan(loss) else loss
+
+
+def critical_ratio(method: str, others: Sequence[str]) -> Measure:
+    """Critical batch of one method over the largest of the others'; a lower bound where the method's is one."""
+
+    def measure(groups: Groups, target: float) -> Estimate:
+        own = critical(_named(groups, method), target)
+        largest = max((critical(_named(groups, name), target) for name in others), key=_size)
+        if "below" in (own.bound,) or largest.bound == "above":
+            return Estimate(math.nan, None, own.n)  # nothing can be said either way
+        return _quotient(own, largest)
+
+    return measure
+
+
+def _size(batch: CriticalBatch) -> float:
+    return math.inf if math.isnan(batch.mean) else batch.mean
+
+
+def _quotient(own: CriticalBatch, other: CriticalBatch) -> Estimate:
+    """With the interval of a quotient of independent figures, from those of their logarithms."""
+    mean = own.mean / other.mean
+    if own.bound or other.bound or own.n == 1:
+        return Estimate(mean, None, own.n, own.n if own.bound or other.bound else 0)
+    half = math.hypot(*(math.log(batch.high / batch.low) / 2 for batch in (own, other)))
+    return Estimate(mean, mean * math.sinh(half), own.n)
+
+
+def budget_lead(groups: Groups, target: float) -> Estimate:
+    """At the largest batch: final loss of the best baseline of a seed minus Gauss-Newton's, mean over the seeds."""
+    newton = {record.config.seed: final_loss(record) for record in largest_batch(_named(groups, "gauss_newton"))}
+    others = [record for name in BASELINES for record in largest_batch(_named(groups, name))]
+    best = {seed: min(_ended(record) for record in others if record.config.seed == seed) for seed in newton}
+    return estimate([best[seed] - newton[seed] for seed in newton])
+
+
+def _ended(record: Record) -> float:
+    return math.inf if record.status == "diverged" else final_loss(record)
+
+
+def largest_batch(records: Sequence[Record]) -> list[Record]:
+    most = max(record.config.outer_batch for record in records)
+    return [record for record in records if record.config.outer_batch == most]
+
+
+def best_schedule_ratio(batch: Literal["middle", "largest"]) -> Measure:
+    """Steps of the best other schedule over the global cosine's, at the middle or the largest of the batches."""
+
+    def measure(groups: Groups, target: float) -> Estimate:
+        sizes = sorted({record.config.outer_batch for records in groups.values() for record in records})
+        chosen = sizes[len(sizes) // 2] if batch == "middle" else sizes[-1]
+        at = {name: [r for r in records if r.config.outer_batch == chosen] for name, records in groups.items()}
+        cosine = at.pop(find_setting("gauss_newton").label)
+        ratios = [ratio(records, cosine, target, _steps) for records in at.values()]
+        return min(ratios, key=lambda r: math.inf if math.isnan(r.mean) else r.mean)
+
+    return measure

@@ -1,0 +1,117 @@
+"""Records and tuning -> the tables of the studies: cost to the target, cells by batch, what was tuned.
+
+pandas is imported where it is used; it comes with the `figures` extra.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gnlib.profiles import tuning
+from gnlib.record import Record
+from gnlib.results import Estimate, by_method, crossing, estimate, final_loss, steps_to_target
+from gnlib.variants import Setting, home_batch, key, setting_config
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_COSTS = {  # column -> axis, unit
+    "steps": ("outer_step", 1.0),
+    "Mtokens": ("tokens", 1e6),
+    "gradients": ("gradients", 1.0),
+    "TFLOPs": ("flops", 1e12),
+}
+
+
+def costs(records: Sequence[Record], target: float) -> pd.DataFrame:
+    """Per method: what reaching the target takes on every axis but time, mean and interval over the seeds."""
+    import pandas as pd
+
+    frame, rows = steps_to_target(records, target), {}
+    for name in by_method(records):
+        own = frame[frame["method"] == name]
+        censored = list(own["censored"])
+        rows[name] = {title: str(estimate(list(own[axis] / unit), censored)) for title, (axis, unit) in _COSTS.items()}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def by_batch(
+    records: Sequence[Record], measure: Callable[[Sequence[Record]], object], column: str = "batch (tokens)"
+) -> pd.DataFrame:
+    """A table of `measure` over the seeds: one row a batch, one column a method."""
+    import pandas as pd
+
+    cells: dict[str, dict[int, str]] = {}
+    for name, runs in by_method(records).items():
+        for batch in sorted({record.config.outer_batch_tokens for record in runs}):
+            chosen = [record for record in runs if record.config.outer_batch_tokens == batch]
+            cells.setdefault(name, {})[batch] = str(measure(chosen))
+    return pd.DataFrame(cells).fillna("-").sort_index().rename_axis(column)
+
+
+def mean_steps(target: float) -> Callable[[Sequence[Record]], Estimate]:
+    """Steps to the target."""
+
+    def measure(records: Sequence[Record]) -> Estimate:
+        reached = [crossing(record, target) for record in records]
+        return estimate([c.steps for c in reached], [c.censored for c in reached])
+
+    return measure
+
+
+def rates(records: Sequence[Record]) -> str:
+    """Learning rates (for Muon, that of the AdamW part second) and run length."""
+    inner, steps = records[0].config.method.inner, records[0].config.outer_steps
+    beside = f" / {inner.adam_lr:.3g}" if inner.optimizer == "muon" and inner.adam_lr else ""
+    return f"{inner.lr:.3g}{beside}, {steps} steps"
+
+
+def mean_loss(records: Sequence[Record]) -> Estimate:
+    """The final validation loss, nats per token; infinite for a diverged run."""
+    return estimate([math.inf if record.status == "diverged" else final_loss(record) for record in records])
+
+
+def trials(profile: str, settings: Sequence[Setting]) -> pd.DataFrame:
+    """What the search for tuned settings tried: one row a trial, with the tuned fields by their last names, the score
+    (steps to the target, or the loss at the budget; nan where the target was not reached) and its excess over the
+    best, a ratio."""
+    import pandas as pd
+
+    rows = [_trial(profile, setting, trial) for setting in settings for trial in _entry(profile, setting)["trials"]]
+    frame = pd.DataFrame(rows)
+    frame["excess"] = frame["score"] / frame.groupby("entry")["score"].transform("min")
+    return frame
+
+
+def _entry(profile: str, setting: Setting) -> dict[str, Any]:
+    return tuning(profile, key(profile, setting))
+
+
+def _trial(profile: str, setting: Setting, trial: dict[str, Any]) -> dict[str, Any]:
+    length = setting_config(profile, setting).data.sequence_length
+    tuned = {name.rpartition(".")[2]: value for name, value in trial.items() if name.startswith(("method.", "outer"))}
+    score = trial["final_loss"] if setting.budget else trial["steps_to_target"]
+    return {
+        "entry": key(profile, setting),
+        "method": setting.label,
+        "batch": (setting.batch or home_batch(profile)) * length,
+        **tuned,
+        "score": math.nan if score is None else score,
+        "final_loss": trial["final_loss"],
+    }
+
+
+def tuned(profile: str, settings: Sequence[Setting]) -> pd.DataFrame:
+    """One row an entry of tuned.json: what was chosen, its score, among how many trials, and whether it is interior."""
+    import pandas as pd
+
+    rows = {}
+    for setting in settings:
+        entry = _entry(profile, setting)
+        chosen = {name.rpartition(".")[2]: value for name, value in entry["settings"].items()}
+        score = entry["trials"][0]["final_loss" if setting.budget else "steps_to_target"]
+        tail = {"score": score, "trials": len(entry["trials"]), "interior": entry["interior"]}
+        rows[key(profile, setting)] = chosen | tail
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("-")

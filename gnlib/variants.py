@@ -1,0 +1,212 @@
+"""What the studies run beyond the methods at the profile's own batch: variants of a method, other batches, a budget.
+
+A `Setting` names such a run apart from its data order and `setting_config` makes its configuration: the base method as
+tuned at the profile's outer batch, scaled to the setting's batch and length, then the variant's changes, then what
+`gnlib tune` found for the setting itself (tuned.json's entry `key`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, replace
+from math import sqrt
+
+from gnlib.config import ConfigError, RunConfig
+from gnlib.profiles import ALL_METHODS, METHODS, Changes, find_profile, run_config, tuning
+
+
+@dataclass(frozen=True)
+class Variant:
+    label: str
+    """As in tables and figures."""
+    base: str
+    """Name of the method it changes, of `profiles.METHODS`."""
+    changes: Changes = field(default_factory=dict)
+    tuned: bool = True
+    """Whether it has settings of its own; else it takes those of its base."""
+    inner_steps: float = 1.0
+    """Inner steps N, times those of the base."""
+    line: tuple[str | int, int] = ("", 1)
+    """In figures: a method whose colour it takes (its base's by default) or the index of a colour that no method has,
+    and the index of the dashes."""
+
+
+def _scheduled(label: str, name: str, colour: int) -> Variant:
+    return Variant(f"GN, {label}", "gauss_newton", {"method.inner.schedule": name}, line=(colour, 0))
+
+
+def _searching(method: str) -> Variant:
+    label = f"{METHODS[method].label} with line search"
+    return Variant(label, method, {"method.line_search": {}, "method.line_search.fraction": 0.25}, tuned=False)
+
+
+def _search(label: str, colour: int, **changes: object) -> Variant:
+    own = {f"method.line_search.{name}": value for name, value in changes.items()}
+    return Variant(f"GN, {label}", "gauss_newton", own, tuned=False, line=(colour, 0))
+
+
+def _solved_by(label: str, optimizer: str, line: tuple[str | int, int], **changes: object) -> Variant:
+    own = {f"method.inner.{name}": value for name, value in changes.items()}
+    solver = {"method.inner.optimizer": optimizer, "method.inner.adam_lr": None}
+    return Variant(f"GN by {label}", "gauss_newton", solver | own, line=line)
+
+
+VARIANTS: dict[str, Variant] = {
+    "gauss_newton_no_search": Variant("GN, no line search", "gauss_newton", {"method.line_search": None}),
+    "prox_linear_no_search": Variant("GN-prox-linear, no line search", "prox_linear", {"method.line_search": None}),
+    "matrixwise": Variant("Per-matrix GN", "gauss_newton", {"method.blocks": "matrix"}, line=("layerwise", 1)),
+    "global_inner_cosine": _scheduled("global + inner cosine", "global_inner_cosine", 0),
+    "constant_inner_cosine": _scheduled("constant + inner cosine", "constant_inner_cosine", 1),
+    "constant": _scheduled("constant", "constant", 3),
+    "search_without_zero": _search("no step 0", 0, zero=False),
+    "search_on_all": _search("search on 1/1", 1, fraction=1.0),
+    "search_on_16th": _search("search on 1/16", 3, fraction=1 / 16),
+    "cold_start": Variant("GN, no warm start", "gauss_newton", {"method.inner.warm_start": False}, line=("", 2)),
+    "muon_search": _searching("muon"),
+    "soap_search": _searching("soap"),
+    "adamw_search": _searching("adamw"),
+    "inner_adamw": _solved_by("AdamW", "adamw", ("adamw", 1), lr=0.01),
+    "inner_soap": _solved_by("SOAP", "soap", ("soap", 1), lr=0.01, options={"precondition_frequency": 10}),
+    "inner_cg": _solved_by(
+        "conjugate gradients", "conjugate_gradient", (1, 0), steps=64, schedule="constant", options={"damping": 0.01}
+    ),
+    "quarter_n": Variant("GN, N / 4", "gauss_newton", inner_steps=0.25, line=("", 2)),
+    "half_n": Variant("GN, N / 2", "gauss_newton", inner_steps=0.5, line=("", 3)),
+    "double_n": Variant("GN, 2 N", "gauss_newton", inner_steps=2.0),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run apart from its data order."""
+
+    name: str
+    """Of `profiles.ALL_METHODS` or `VARIANTS`."""
+    batch: int | None = None
+    """Sequences of the outer batch; None is the profile's."""
+    budget: bool = False
+    """Run for the profile's token budget, for the loss at its end, not for steps to the target."""
+
+    @property
+    def base(self) -> str:
+        return VARIANTS[self.name].base if self.name in VARIANTS else self.name
+
+    @property
+    def label(self) -> str:
+        """The method's or variant's name in tables and figures."""
+        return (VARIANTS | ALL_METHODS)[self.name].label
+
+    @property
+    def is_gauss_newton(self) -> bool:
+        return ALL_METHODS[self.base].is_gauss_newton
+
+    def at_home(self, profile: str) -> bool:
+        """Whether batch and length are the profile's own."""
+        return not self.budget and self.batch in (None, home_batch(profile))
+
+
+def find_setting(name: str, batch: int | None = None, budget: bool = False) -> Setting:
+    """ConfigError with the near names for an unknown one."""
+    known = ALL_METHODS | VARIANTS
+    if name not in known:
+        near = difflib.get_close_matches(name, known) or list(known)
+        raise ConfigError(f"method: no method {name!r}; near or allowed: {', '.join(near)}")
+    if batch is not None and batch < 1:
+        raise ConfigError(f"batch: {batch}; at least 1 sequence")
+    return Setting(name, batch, budget)
+
+
+def home_batch(profile: str) -> int:
+    """The profile's own outer batch, sequences."""
+    return int(find_profile(profile).base.get("outer_batch", RunConfig().outer_batch))
+
+
+def tunable(setting: Setting) -> Setting:
+    """The setting whose tuned entry it runs with: itself, or that of its base."""
+    variant = VARIANTS.get(setting.name)
+    return setting if variant is None or variant.tuned else replace(setting, name=variant.base)
+
+
+def key(profile: str, setting: Setting) -> str:
+    """The name of that entry in tuned.json."""
+    name = tunable(setting).name
+    if setting.at_home(profile):
+        return name
+    return f"{name}@{setting.batch or home_batch(profile)}{':budget' if setting.budget else ''}"
+
+
+def setting_config(
+    profile: str, setting: Setting, seed: int = 0, changes: Changes | None = None, use_tuned: bool = True
+) -> RunConfig:
+    """The run of a setting; without `use_tuned`, where the search for its own tuned settings starts."""
+    variant = VARIANTS.get(setting.name)
+    if variant is None and setting.at_home(profile):
+        return run_config(profile, setting.name, seed, changes, use_tuned)
+    own: Changes = {}
+    if tunable(setting) != setting:
+        start = setting_config(profile, tunable(setting), seed)
+    else:
+        start = scaled(profile, run_config(profile, setting.base, seed), setting)
+        own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else own
+    return start.replace(_varied(start, variant), _ending(profile, setting), own, changes or {})
+
+
+def scaled(profile: str, config: RunConfig, setting: Setting) -> RunConfig:
+    """The base method's run at the setting's batch and length.
+
+    Gauss-Newton keeps its inner batch, so that N follows the outer batch; a baseline's learning rates follow its square
+    root. Steps and warm-up by `length`.
+    """
+    batch = setting.batch or config.outer_batch
+    if setting.at_home(profile):
+        return config
+    ratio, inner = batch / config.outer_batch, config.method.inner
+    steps = find_profile(profile).budget // batch if setting.budget else length(config.outer_steps, ratio, setting)
+    evaluated = steps // 8 if setting.budget else config.evaluation.sequences // (2 * batch)
+    changes: Changes = {
+        "outer_batch": batch,
+        "outer_steps": steps,
+        "method.inner.warmup": min(steps // 2, length(inner.warmup, ratio, setting)) if inner.warmup else 0,
+        "evaluation.every": max(1, evaluated),
+    }
+    if setting.is_gauss_newton:
+        changes["method.inner.steps"] = max(1, round(inner.steps * ratio))
+    else:
+        changes["method.inner.lr"] = inner.lr * sqrt(ratio)
+        changes["method.inner.adam_lr"] = inner.adam_lr and inner.adam_lr * sqrt(ratio)
+    return config.replace(changes)
+
+
+def length(steps: int, ratio: float, setting: Setting) -> int:
+    """Outer steps at `ratio` times the batch, to begin with: Gauss-Newton needs as many tokens of a smaller batch; a
+    baseline is between that and as many steps, as is Gauss-Newton at a larger batch."""
+    exponent = 1.0 if setting.is_gauss_newton and ratio < 1 else 0.5
+    return max(2, round(steps / ratio**exponent))
+
+
+def most_steps(profile: str, setting: Setting) -> int:
+    """The profile's cap, at the setting's batch; a variant may be slower than its method, and gets twice as many."""
+    newton, most = setting.is_gauss_newton, find_profile(profile).most_steps
+    ratio = (setting.batch or home_batch(profile)) / home_batch(profile)
+    own = most[0] if newton and ratio > 1 else length(most[not newton], ratio, setting)
+    return own * (2 if setting.name in VARIANTS else 1)
+
+
+def _ending(profile: str, setting: Setting) -> Changes:
+    """Runs that only show steps to the target end there: the baselines' beyond Figure 1, and those whose learning rate
+    is constant, for which the number of steps is a cap."""
+    constant = _changes(setting).get("method.inner.schedule") == "constant"
+    if setting.budget or (setting.is_gauss_newton and not constant):
+        return {}
+    cap = {"outer_steps": most_steps(profile, setting)} if constant else {}
+    return {"evaluation.stop_below": find_profile(profile).target} | cap
+
+
+def _changes(setting: Setting) -> Changes:
+    return VARIANTS[setting.name].changes if setting.name in VARIANTS else {}
+
+
+def _varied(start: RunConfig, variant: Variant | None) -> Changes:
+    if variant is None:
+        return {}
+    return {"method.inner.steps": round(start.method.inner.steps * variant.inner_steps)} | variant.changes

@@ -1,0 +1,93 @@
+"""The critical batch size on laws whose answer is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import pytest
+from test_results import made
+
+from gnlib.critical_batch import critical, critical_batch, fit, table
+from gnlib.record import Record
+from gnlib.results import Crossing
+
+TARGET = 4.0
+BATCHES = (64, 256, 1024, 4096)
+
+
+def crossings(steps: Mapping[int, float], *censored: int) -> dict[int, Crossing]:
+    return {batch: Crossing(s, s * batch, batch in censored) for batch, s in steps.items()}
+
+
+def runs(law: Callable[[int], float], seed: int = 1, batches: tuple[int, ...] = BATCHES) -> list[Record]:
+    """Records that reach the target after law(tokens) steps; sequences of tiny have 16 tokens."""
+    records = []
+    for batch in batches:
+        record = made("adamw", [5.0, TARGET], seed)
+        record.config = record.config.replace(outer_batch=batch // 16, **{"compute.micro_batch": 1})
+        record.rows[1]["outer_step"] = law(batch)  # type: ignore[typeddict-item]
+        records.append(record)
+    return records
+
+
+def test_perfect_scaling_has_no_critical_batch_up_to_the_largest() -> None:
+    assert critical_batch(crossings({b: 1e5 / b for b in BATCHES})) == (4096.0, "above")
+
+
+def test_on_a_fine_grid_it_is_where_the_law_exceeds_linear_scaling_by_a_fifth() -> None:
+    """S = a + c / B: S B = a B + c is 1.2 (a B_0 + c) at B = 1.2 B_0 + 0.2 c / a."""
+    floor, scale = 3.0, 9000.0
+    grid = {round(64 * 1.01**i): floor + scale / round(64 * 1.01**i) for i in range(500)}
+    found, bound = critical_batch(crossings(grid))
+    assert bound == "" and found == pytest.approx(1.2 * 64 + 0.2 * scale / floor, rel=1e-3)
+
+
+def test_between_batches_it_is_interpolated_in_the_logarithms() -> None:
+    """Excess 1 at 64 and 4 at 256, which is constant steps: B* is 1.2 x 64."""
+    found, bound = critical_batch(crossings(dict.fromkeys(BATCHES, 10.0)))
+    assert bound == "" and found == pytest.approx(1.2 * 64)
+    later = crossings({64: 16.0, 256: 4.0, 1024: 2.0, 4096: 2.0})  # excess 1, 1, 2
+    assert critical_batch(later)[0] == pytest.approx(256 * 4 ** (math.log(1.2) / math.log(2)))
+
+
+def test_a_batch_that_scales_better_than_the_smallest_does_not_confuse_it() -> None:
+    found, bound = critical_batch(crossings({64: 16.0, 256: 3.0, 1024: 1.5, 4096: 1.5}))
+    assert bound == "" and 256 < found < 1024
+
+
+def test_runs_that_did_not_reach_the_target_bound_it() -> None:
+    unreached = crossings({64: 16.0, 256: 4.0, 1024: 3.0, 4096: 3.0}, 1024, 4096)  # at least 3 steps: excess >= 3
+    assert critical_batch(unreached) == (pytest.approx(256 * 4 ** (math.log(1.2) / math.log(3))), "below")
+    silent = crossings({64: 16.0, 256: 4.0, 1024: 0.5, 4096: 9.0}, 1024)
+    assert critical_batch(silent) == (256.0, "above")
+    no_reference = critical_batch(crossings({64: 16.0, 256: 4.0}, 64))
+    assert math.isnan(no_reference[0])
+
+
+def test_seeds_are_averaged_geometrically_with_students_interval() -> None:
+    records = runs(lambda b: 640 / b, 1, (64,)) + runs(lambda b: 640 / b, 2, (64,))
+    records += runs(lambda b: 10.0, 1, (256, 1024)) + runs(lambda b: 2.5, 2, (256, 1024))
+    found = critical(records, TARGET)
+    values = [1.2 * 64, 1.2 * 256]
+    assert found.mean == pytest.approx(math.sqrt(math.prod(values))) and found.n == 2
+    half = 12.706 * math.log(values[1] / values[0]) / 2  # t for two seeds; their standard error is half the difference
+    assert math.log(found.high / found.low) / 2 == pytest.approx(half)
+
+
+def test_a_bound_is_said_to_be_one_and_has_no_interval() -> None:
+    found = critical(runs(lambda b: 1e5 / b) + runs(lambda b: 2e5 / b, seed=2), TARGET)
+    assert (found.mean, found.low, found.high, found.bound) == (pytest.approx(4096), found.mean, found.mean, "above")
+    assert str(found) == "above 4.1 k"
+
+
+def test_the_fit_recovers_floor_and_slope() -> None:
+    assert fit(runs(lambda b: 3 + 9000 / b), TARGET) == (pytest.approx(3), pytest.approx(9000))
+    assert fit(runs(lambda b: 9000 / b - 1), TARGET)[0] == 0.0  # steps below proportion: no floor
+    assert math.isnan(fit(runs(lambda b: 3.0, batches=(64,)), TARGET)[0])
+
+
+def test_the_table_has_a_row_a_method() -> None:
+    frame = table(runs(lambda b: 3 + 9000 / b), TARGET)
+    assert list(frame.index) == ["AdamW"]
+    assert frame.loc["AdamW", "floor a (steps)"] == "3.0" and frame.loc["AdamW", "c / a (tokens)"] == "3 k"

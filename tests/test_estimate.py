@@ -1,0 +1,66 @@
+"""What runs will cost: tokens exactly, time by the speed of records of the same kind."""
+
+from __future__ import annotations
+
+import pytest
+from test_results import made
+
+from gnlib.config import RunConfig
+from gnlib.estimate import cost, estimate, sequences_read
+from gnlib.profiles import run_config
+from gnlib.record import Record
+from gnlib.train import train
+
+
+def timed(method: str, seconds: float, steps: int | None = None) -> Record:
+    """A run of tiny that took so long for so many of its outer steps."""
+    record = made(method, [5.0, 4.0])
+    record.rows[-1] |= {"outer_step": steps or record.config.outer_steps, "wall_s": seconds}  # type: ignore[misc]
+    return record
+
+
+def config(method: str, seed: int = 9, **changes: object) -> RunConfig:
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    return run_config("tiny", method, seed, dotted, use_tuned=False)
+
+
+def test_tokens_are_those_that_the_run_then_reads(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    for method in ("gauss_newton", "adamw"):
+        chosen = config(method, start__chinchilla_fraction=0.0)
+        last = train(chosen).rows[-1]
+        read = last["tokens_train"] + last["tokens_search"]
+        assert read == sequences_read(chosen) * 16 == estimate([chosen], []).tokens
+
+
+@pytest.mark.parametrize("method", ["gauss_newton", "layerwise", "adamw"])
+def test_cost_is_about_the_flops_that_the_run_then_has(method: str, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    flops = {}
+    for name in (method, "muon"):
+        flops[name] = train(config(name, start__chinchilla_fraction=0.0)).rows[-1]["flops"]
+    assert cost(config(method)) / cost(config("muon")) == pytest.approx(flops[method] / flops["muon"], rel=0.35)
+
+
+def test_time_is_scaled_from_runs_of_the_same_kind() -> None:
+    measured = [timed("adamw", 3.0), timed("muon", 100.0), timed("gauss_newton", 50.0)]
+    assert estimate([config("adamw"), config("adamw", seed=8)], measured).seconds == pytest.approx(6.0)
+    assert estimate([config("adamw", outer_steps=60)], measured).seconds == pytest.approx(30.0)
+    assert estimate([config("gauss_newton")], measured).seconds == pytest.approx(50.0)
+
+
+def test_a_kind_that_was_never_run_is_scaled_from_all_of_them() -> None:
+    newton, layerwise = config("gauss_newton"), config("layerwise")
+    found = estimate([layerwise], [timed("gauss_newton", 50.0)])
+    assert found.seconds == pytest.approx(50.0 * cost(layerwise) / cost(newton))
+
+
+def test_a_run_that_ended_early_measures_speed_by_the_steps_it_took() -> None:
+    assert estimate([config("adamw")], [timed("adamw", 1.0, steps=2)]).seconds == pytest.approx(3.0)  # of 6
+
+
+def test_the_text_says_tokens_time_and_jobs() -> None:
+    found = estimate([config("adamw"), config("adamw", seed=8)], [timed("adamw", 600.0)])
+    assert str(found) == "2 to run, at most 0.0 M tokens, about 20 min of one process"
+    assert found.with_jobs(8) == f"{found}, 10 min with 2 at a time"  # no more than there are runs
+    assert str(estimate([config("adamw")], [])).endswith("time unknown")

@@ -1,0 +1,74 @@
+"""What only a GPU can show: the flash tangent, the compiled objectives and the precisions against float64 on the CPU.
+
+    pytest -m gpu tests          on a machine with one; elsewhere each of these skips itself
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gnlib.config import ComputeConfig
+from gnlib.losses import CrossEntropy
+from gnlib.model import Decoder
+from gnlib.objective import GaussNewton, LinearisedObjective, ProxLinear
+from gnlib.precision import matmul_precision
+from gnlib.tangents import attention, dense_attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+BOUNDS = {"fp32": 2e-5, "tf32": 4e-3, "bf16": 3e-2}  # relative, of whole gradients
+SHAPES = [(2, 3, 256, 64), (1, 2, 200, 48), (3, 1, 1, 16), (1, 4, 129, 32)]  # sequences, heads, length, features
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    expected = expected.double().cpu()
+    return float((found.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_the_flash_tangent_is_the_dense_rule(precision: str, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    q, k, v, dq, dk, dv = torch.randn(6, *shape, generator=generator).to("cuda", dtype)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with matmul_precision(ComputeConfig(precision="tf32"), torch.device("cuda")):
+        found = attention((q, k, v), (dq, dk, dv), y)
+    expected = dense_attention((q.double(), k.double(), v.double()), (dq.double(), dk.double(), dv.double()))
+    assert _distance(found, expected) < BOUNDS[precision]
+
+
+def _gradients(
+    kind: type[LinearisedObjective], compute: ComputeConfig, device: str, dtype: torch.dtype
+) -> list[dict[str, Tensor]]:
+    """Of every layer of a small decoder on odd shapes: 130 tokens, a vocabulary that no chunk divides."""
+    model = Decoder(301, 64, 96, 2, 2, 130)
+    model.initialise(0)
+    generator = torch.Generator().manual_seed(1)
+    inputs, targets = torch.randint(301, (2, 3, 130), generator=generator).to(device)
+    noise = {n: 0.1 * torch.randn(p.shape, generator=generator) * p.std() for n, p in model.named_parameters()}
+    model = model.to(device, dtype)
+    blocks = [[name for name, _ in model.named_parameters()], *model.layers()]
+    anchor = {name: p.detach() for name, p in model.named_parameters()}
+    points = [{name: anchor[name] + noise[name].to(anchor[name]) for name in block} for block in blocks]
+    with matmul_precision(compute, torch.device(device)):
+        found = kind(CrossEntropy(), compiled=compute.compile).evaluate(model, points, inputs, targets)
+    return [evaluation.gradient for evaluation in found]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", [GaussNewton, ProxLinear])
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_gradients_of_every_layer_agree_with_float64(
+    precision: str, kind: type[LinearisedObjective], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _gradients(kind, ComputeConfig(precision="fp64"), "cpu", torch.float64)
+    monkeypatch.setattr("gnlib.head.CHUNK_ELEMENTS", 40_000)  # several chunks of unequal length
+    compute = ComputeConfig(precision=precision, compile=compiled)  # type: ignore[arg-type]
+    found = _gradients(kind, compute, "cuda", torch.float32)
+    for block, reference in zip(found, expected, strict=True):
+        flat = torch.cat([block[name].flatten().float() for name in reference])
+        assert _distance(flat, torch.cat([g.flatten() for g in reference.values()])) < BOUNDS[precision]

@@ -1,0 +1,94 @@
+"""What the claims of studies 02-08 measure, on records whose answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from test_results import falling, made
+
+from gnlib import measures
+from gnlib.measures import Groups
+from gnlib.record import Record
+from gnlib.results import by_method
+from gnlib.variants import find_setting
+
+TARGET = 4.0
+
+
+def run(method: str, steps: float, seed: int = 1, batch: int = 64, label: str | None = None) -> Record:
+    """Reaches the target after so many steps, at this batch."""
+    record = made(method, [5.0, TARGET], seed)
+    record.rows[1]["outer_step"] = steps  # type: ignore[typeddict-item]
+    record.config = record.config.replace(outer_batch=batch, **{"compute.micro_batch": 1})
+    record.label = label
+    return record
+
+
+def scaling(method: str, critical: float, seed: int = 1) -> list[Record]:
+    """Linear scaling from 16 sequences, then, from the batch `critical` on, none at all (B* is 1.2 times that)."""
+    return [run(method, 1024 / min(batch, critical), seed, batch) for batch in (16, 64, 256, 1024)]
+
+
+def groups(*records: list[Record]) -> Groups:
+    return by_method([record for some in records for record in some])
+
+
+def test_the_critical_ratio_is_over_the_larger_of_the_others() -> None:
+    found = measures.critical_ratio("gauss_newton", ("soap", "muon"))(
+        groups(scaling("gauss_newton", 256), scaling("soap", 16), scaling("muon", 64)), TARGET
+    )
+    assert (found.mean, found.n, found.censored) == (pytest.approx(4.0), 1, 0)
+
+
+def test_a_method_that_still_scales_gives_a_lower_bound_of_the_ratio() -> None:
+    ratio = measures.critical_ratio("gauss_newton", ("soap", "muon"))
+    found = ratio(groups(scaling("gauss_newton", 1024), scaling("soap", 16), scaling("muon", 64)), TARGET)
+    assert (found.mean, found.censored) == (pytest.approx(1024 / (1.2 * 64)), 1)
+    other = ratio(groups(scaling("gauss_newton", 64), scaling("soap", 16), scaling("muon", 1024)), TARGET)
+    assert math.isnan(other.mean)  # the ratio is below 1 by an unknown factor
+
+
+def test_the_interval_of_a_critical_ratio_comes_from_both() -> None:
+    def both(method: str) -> list[Record]:
+        return scaling(method, 16, seed=1) + scaling(method, 64, seed=2)
+
+    found = measures.critical_ratio("gauss_newton", ("muon",))(groups(both("gauss_newton"), both("muon")), TARGET)
+    half = 12.706 * math.log(4) / 2  # of either logarithm
+    assert found.mean == pytest.approx(1) and found.half_width == pytest.approx(math.sinh(math.sqrt(2) * half))
+
+
+def final(method: str, loss: float | None, seed: int, batch: int) -> Record:
+    record = made(method, [5.0, loss], seed, "diverged" if loss is None else "finished")
+    record.config = record.config.replace(outer_batch=batch)
+    return record
+
+
+def test_the_budget_lead_is_over_the_best_baseline_of_a_seed_at_the_largest_batch() -> None:
+    records = [final("gauss_newton", 3.0, seed, 256) for seed in (1, 2)] + [final("gauss_newton", 4.0, 1, 64)]
+    records += [final("muon", loss, seed, 256) for seed, loss in ((1, 3.5), (2, 3.9))] + [final("muon", 1.0, 1, 64)]
+    records += [final("soap", loss, seed, 256) for seed, loss in ((1, 3.8), (2, 3.3))]
+    records += [final("adamw", None, seed, 256) for seed in (1, 2)]
+    found = measures.budget_lead(by_method(records), TARGET)
+    assert (found.mean, found.n) == (pytest.approx((0.5 + 0.3) / 2), 2)
+
+
+def test_the_best_other_schedule_is_compared_at_the_middle_and_at_the_largest_batch() -> None:
+    names = {name: find_setting(name).label for name in ("constant", "constant_inner_cosine")}
+    steps = {"gauss_newton": (8, 4, 2), "constant": (8, 6, 1), "constant_inner_cosine": (8, 5, 4)}
+    records = [
+        run("gauss_newton", count, batch=batch, label=names.get(name))
+        for name, counts in steps.items()
+        for batch, count in zip((16, 64, 256), counts, strict=True)
+    ]
+    found = [measures.best_schedule_ratio(at)(by_method(records), TARGET) for at in ("middle", "largest")]
+    assert [estimate.mean for estimate in found] == [pytest.approx(5 / 4), pytest.approx(1 / 2)]
+
+
+def test_the_best_searching_baseline_is_never_a_diverged_one() -> None:
+    records = [falling("gauss_newton", 2, 1)]
+    for name, reached in (("muon", 6), ("soap", 4), ("adamw", 8)):
+        record = falling(name, reached, 1)
+        record.label, record.status = find_setting(f"{name}_search").label, "diverged" if name == "soap" else "finished"
+        records.append(record)
+    assert measures.best_searching_ratio(by_method(records), TARGET).mean == pytest.approx(3.0)

@@ -1,0 +1,91 @@
+"""Figures: one colour a method, lines that can be told apart, every axis, the same bytes from the same records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+from test_results import made
+
+from gnlib import plots, results
+from gnlib.config import ConfigError
+from gnlib.profiles import ALL_METHODS, METHODS
+from gnlib.studies import STUDIES
+from gnlib.variants import VARIANTS, find_setting
+
+mpl.use("agg")
+
+RECORDS = [
+    made("gauss_newton", [5.0, 4.5, 4.0], seed=1),
+    made("gauss_newton", [5.0, 4.4, 3.9], seed=2),
+    made("muon", [5.0, 4.8, 4.6, 4.4], seed=1),
+]
+TARGET = 4.2
+
+
+def lines(figure) -> dict:  # type: ignore[no-untyped-def,type-arg]
+    (axes,) = figure.axes
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_no_two_lines_of_a_study_look_alike(study: str) -> None:
+    styles = [plots.styles()[find_setting(name).label] for name in STUDIES[study].methods]
+    assert len({str(style) for style in styles}) == len(styles)
+
+
+def test_every_method_and_variant_has_a_line_and_methods_are_solid() -> None:
+    styles = plots.styles()
+    assert set(styles) == {kind.label for kind in (ALL_METHODS | VARIANTS).values()}
+    assert {str(styles[method.label]["linestyle"]) for method in METHODS.values()} == {"-"}
+
+
+@pytest.mark.parametrize("axis", plots.AXES)
+def test_a_loss_curve_is_the_mean_over_seeds_on_every_axis(axis: str) -> None:
+    curves = results.curves(RECORDS)
+    found = lines(plots.loss_curves(curves, TARGET, axis))
+    assert set(found) == {"GN", "Muon"}
+    assert list(found["GN"].get_ydata()) == pytest.approx([5.0, 4.45, 3.95])
+    own = curves[(curves["method"] == "GN") & (curves["seed"] == 1)]
+    assert list(found["GN"].get_xdata()) == pytest.approx(list(own[axis]))
+
+
+def test_an_unknown_axis_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no axis 'steps'; allowed: outer_step, tokens, flops, gradients, wall_s"):
+        plots.loss_curves(results.curves(RECORDS), TARGET, "steps")
+
+
+def batches() -> list:  # type: ignore[type-arg]
+    found = []
+    for size, loss in ((16, 4.0), (64, 4.1), (256, 4.4)):
+        record = made("muon", [5.0, 4.5, loss])
+        record.config = record.config.replace(outer_batch=size)
+        found.append(record)
+    return found
+
+
+def test_the_scaling_line_starts_at_the_smallest_batch_and_bounds_are_marked() -> None:
+    reached = results.steps_to_target(batches(), TARGET)
+    (axes,) = plots.cost_by_batch(reached).axes
+    curve, bounds, ideal = axes.lines
+    assert list(curve.get_xdata()) == [256, 1024, 4096] and list(bounds.get_xdata()) == [4096]
+    assert list(ideal.get_ydata()) == pytest.approx([curve.get_ydata()[0] / factor for factor in (1, 4, 16)])
+    (tokens,) = plots.cost_by_batch(reached, "tokens").axes
+    assert len(tokens.lines) == 2  # linear scaling is a statement about steps
+
+
+@pytest.mark.parametrize(("axis", "x"), [("batch", [256, 1024, 4096]), ("tokens", [2000, 2000, 2000])])
+def test_the_loss_at_a_budget_is_drawn_against_the_batch_or_what_it_cost(axis: str, x: list[int]) -> None:
+    found = lines(plots.loss_by_batch(results.ends(batches()), axis))["Muon"]
+    assert list(found.get_xdata()) == x and list(found.get_ydata()) == [4.0, 4.1, 4.4]
+
+
+def test_the_same_records_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    for name in ("first", "second"):
+        monkeypatch.setenv("GNLIB_HOME", str(tmp_path / name))
+        curves = results.curves(RECORDS)
+        folder = plots.save(plots.loss_curves(curves, TARGET), curves, "tiny", "stem")
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert written[0] == written[1] and set(written[0]) == {"stem.png", "stem.pdf", "stem.csv"}

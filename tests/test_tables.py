@@ -1,0 +1,99 @@
+"""Tables of the studies on records short enough to do by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from test_results import SEARCH, TRAIN, made
+
+from gnlib import tables
+from gnlib.record import Record
+from gnlib.results import ends, steps_to_target
+from gnlib.variants import Setting
+
+
+def at_batch(record: Record, sequences: int, label: str | None = None) -> Record:
+    record.config = record.config.replace(outer_batch=sequences)
+    record.label = label
+    return record
+
+
+def test_costs_are_read_off_where_the_target_is_crossed() -> None:
+    """4.25 is three quarters into the only step, which makes 8 inner steps."""
+    frame = tables.costs([made("gauss_newton", [5.0, 4.0]), made("muon", [5.0, 4.5, 4.0])], 4.25)
+    assert list(frame.index) == ["GN", "Muon"]
+    assert list(frame.loc["GN"]) == ["0.75", "0.00", "6.00", "0.00"]
+    assert list(frame.loc["Muon"]) == ["1.50", "0.00", "1.50", "0.00"]
+    reached = steps_to_target([made("gauss_newton", [5.0, 4.0])], 4.25).iloc[0]
+    assert reached["tokens"] == pytest.approx(0.75 * (TRAIN + SEARCH)) and reached["flops"] == pytest.approx(0.75e6)
+    assert reached["wall_s"] == pytest.approx(0.375) and reached["gradients"] == pytest.approx(6)
+
+
+def test_a_cost_of_a_run_that_ended_above_the_target_is_a_lower_bound() -> None:
+    frame = tables.costs([made("muon", [5.0, 4.5])], 4.25)
+    assert list(frame.loc["Muon"]) == ["≥ 1.00", "≥ 0.00", "≥ 1.00", "≥ 0.00"]
+
+
+def test_cells_are_means_over_the_seeds_of_a_method_at_a_batch() -> None:
+    ran = ((4.0, 1, 64), (4.2, 2, 64), (3.0, 1, 16))
+    records = [at_batch(made("muon", [5.0, loss], seed), size) for loss, seed, size in ran]
+    records += [at_batch(made("adamw", [5.0, 4.5]), 64, "Another name")]
+    frame = tables.by_batch(records, tables.mean_loss)
+    assert list(frame.columns) == ["Muon", "Another name"] and list(frame.index) == [256, 1024]
+    assert frame.loc[1024, "Muon"].startswith("4.10 ± ") and frame.loc[256, "Muon"] == "3.00"
+    assert frame.loc[1024, "Another name"] == "4.50" and frame.loc[256, "Another name"] == "-"
+
+
+def test_steps_and_rates_by_batch() -> None:
+    records = [made("muon", [5.0, 4.0]), made("adamw", [5.0, 4.5])]
+    steps = tables.by_batch(records, tables.mean_steps(4.25))
+    assert list(steps.loc[1024]) == ["0.75", "≥ 1.00"]
+    assert list(tables.by_batch(records, tables.rates).loc[1024]) == ["0.02, 6 steps", "0.02, 6 steps"]
+    both = made("muon", [5.0, 4.0])
+    both.config = both.config.replace({"method.inner.adam_lr": 0.005})
+    assert tables.rates([both]) == "0.02 / 0.005, 6 steps"
+
+
+def test_a_diverged_run_has_no_final_loss_to_speak_of() -> None:
+    assert tables.mean_loss([made("muon", [5.0, 9.0], status="diverged")]).mean == math.inf
+
+
+def test_ends_have_a_row_a_run_with_its_last_values() -> None:
+    frame = ends([made("gauss_newton", [5.0, 4.5, 4.0]), made("adamw", [5.0, 4.2])])
+    assert list(frame["final_loss"]) == [4.0, 4.2] and list(frame["outer_step"]) == [2, 1]
+    assert list(frame["tokens"]) == [2 * (TRAIN + SEARCH), TRAIN] and list(frame["gradients"]) == [16, 1]
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    trials = [
+        {"method.inner.lr": 0.1, "outer_steps": 24, "steps_to_target": 10.0, "final_loss": 3.5, "run": "a"},
+        {"method.inner.lr": 0.2, "outer_steps": 24, "steps_to_target": 15.0, "final_loss": 3.4, "run": "b"},
+        {"method.inner.lr": 0.4, "outer_steps": 24, "steps_to_target": None, "final_loss": 4.2, "run": "c"},
+    ]
+    entry = {"settings": {"method.inner.lr": 0.1, "outer_steps": 24}, "interior": False, "trials": trials}
+    path = tmp_path / "data" / "records" / "laptop" / "tuned.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"muon": entry, "muon@128:budget": entry}))
+
+
+@pytest.mark.usefixtures("table")
+def test_the_tuning_table_has_what_was_chosen_and_whether_it_is_interior() -> None:
+    frame = tables.tuned("laptop", [Setting("muon"), Setting("muon", 128, budget=True)])
+    assert list(frame.index) == ["muon", "muon@128:budget"]
+    assert frame.loc["muon"].to_dict() == {"lr": 0.1, "outer_steps": 24, "score": 10.0, "trials": 3, "interior": False}
+    assert frame.loc["muon@128:budget", "score"] == 3.5
+
+
+@pytest.mark.usefixtures("table")
+def test_trials_are_scored_against_the_best_of_their_entry() -> None:
+    frame = tables.trials("laptop", [Setting("muon"), Setting("muon", 128, budget=True)])
+    own = frame[frame["entry"] == "muon"]
+    assert list(own["excess"])[:2] == [1.0, 1.5] and math.isnan(own["excess"].iloc[2])
+    assert set(own["batch"]) == {2048 * 64} and set(own["method"]) == {"Muon"}
+    budget = frame[frame["entry"] == "muon@128:budget"]
+    assert list(budget["score"]) == [3.5, 3.4, 4.2] and set(budget["batch"]) == {128 * 64}

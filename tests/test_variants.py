@@ -1,0 +1,169 @@
+"""Settings: what a variant, another batch or a budget changes of a method's run, and where their tuning is found."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gnlib.config import ConfigError, RunConfig
+from gnlib.profiles import METHODS, PROFILES, find_profile, run_config
+from gnlib.studies import STUDIES, study_runs, tuned_settings
+from gnlib.train import check
+from gnlib.variants import VARIANTS, Setting, find_setting, home_batch, key, most_steps, setting_config
+
+BATCHES = {name: profile.batches for name, profile in PROFILES.items()}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    return tmp_path
+
+
+def tuned(home: Path, **entries: dict[str, Any]) -> None:
+    path = home / "data" / "records" / "laptop" / "tuned.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({name: {"settings": settings} for name, settings in entries.items()}))
+
+
+def changed(before: RunConfig, after: RunConfig) -> set[str]:
+    """Dotted names of the fields that differ."""
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        rows: dict[str, Any] = {}
+        for name, value in tree.items():
+            rows |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        return rows
+
+    first, second = (flat(config.model_dump(mode="json")) for config in (before, after))
+    return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+
+
+# ---------------------------------------------------------------- every study
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_of_every_study_can_be_built_and_none_comes_twice(name: str, profile: str) -> None:
+    runs = study_runs(name, profile, seeds=[1])
+    assert len({run.config.recipe_id for run in runs}) == len(runs) >= 3 or profile.startswith("paper")
+    for config in {run.config.recipe_id: run.config for run in runs}.values():
+        if config.model.width <= 64:  # building the large ones takes long, and they differ in size only
+            check(config)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_batches_are_powers_of_four_apart_with_the_profiles_own_and_divide_the_budget(profile: str) -> None:
+    batches = BATCHES[profile]
+    assert home_batch(profile) in batches and len(batches) >= (2 if profile == "tiny" else 4)
+    assert all(larger == 4 * smaller for smaller, larger in pairwise(batches))
+    budget = find_profile(profile).budget
+    assert budget >= 2 * batches[-1] and all(budget % batch == 0 for batch in batches)
+
+
+def test_the_schedules_are_studied_at_a_small_a_medium_and_a_large_batch() -> None:
+    assert sorted({run.config.outer_batch for run in study_runs("schedules", "laptop")}) == [128, 2048, 8192]
+
+
+def test_runs_at_the_profiles_own_batch_are_those_of_figure_1() -> None:
+    """So that they are trained once."""
+    shared = {run.config.recipe_id for run in study_runs("iteration_complexity", "laptop")}
+    for name in ("critical_batch_size", "prox_linear", "layerwise", "schedules", "line_search", "inner_solver"):
+        own = [run for run in study_runs(name, "laptop") if run.setting.name in METHODS]
+        assert {run.config.recipe_id for run in own if run.config.outer_batch == 2048} <= shared
+
+
+def test_an_unknown_method_names_the_near_ones_and_a_batch_is_at_least_one() -> None:
+    with pytest.raises(ConfigError, match="no method 'inner_adam'; near or allowed: inner_adamw"):
+        find_setting("inner_adam")
+    with pytest.raises(ConfigError, match="batch: 0; at least 1"):
+        find_setting("adamw", 0)
+
+
+# ---------------------------------------------------------------- other batches and a budget
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("method", ["gauss_newton", "layerwise"])
+def test_gauss_newton_keeps_its_inner_batch_and_rate_at_every_batch(method: str, profile: str) -> None:
+    own = run_config(profile, method)
+    for batch in BATCHES[profile]:
+        config = setting_config(profile, Setting(method, batch))
+        assert config.outer_batch == batch
+        assert batch / config.method.inner.steps == own.outer_batch / own.method.inner.steps
+        assert config.method.inner.lr == own.method.inner.lr
+
+
+def test_a_baselines_rate_starts_at_the_square_root_of_the_batch_and_its_run_ends_at_the_target(home: Path) -> None:
+    tuned(home, muon={"method.inner.lr": 0.1, "method.inner.adam_lr": 0.04, "outer_steps": 24})
+    config = setting_config("laptop", Setting("muon", 128))
+    assert (config.method.inner.lr, config.method.inner.adam_lr, config.outer_steps) == (0.025, 0.01, 96)
+    assert config.evaluation.stop_below == find_profile("laptop").target
+    assert run_config("laptop", "muon").evaluation.stop_below is None
+
+
+def test_a_budget_gives_the_number_of_steps_and_is_read_to_its_end() -> None:
+    for batch in BATCHES["laptop"]:
+        for method in ("gauss_newton", "adamw"):
+            config = setting_config("laptop", Setting(method, batch, budget=True))
+            assert config.outer_steps * config.outer_batch == find_profile("laptop").budget
+            assert config.method.inner.warmup <= config.outer_steps / 2
+            assert config.evaluation.stop_below is None
+
+
+def test_what_was_tuned_for_a_setting_is_used_there_and_nowhere_else(home: Path) -> None:
+    rates = {"adamw": 0.02, "adamw@128": 0.003, "adamw@128:budget": 0.007, "constant": 0.5}
+    tuned(home, **{name: {"method.inner.lr": lr} for name, lr in rates.items()})
+    settings = [Setting("adamw"), Setting("adamw", 128), Setting("adamw", 128, True), Setting("adamw", 512)]
+    settings.append(Setting("constant"))
+    found = {key("laptop", each): setting_config("laptop", each).method.inner.lr for each in settings}
+    assert found == rates | {"adamw@512": 0.01}
+    start = setting_config("laptop", Setting("adamw", 128), use_tuned=False)
+    assert start.method.inner.lr == 0.005  # a quarter of what was tuned at the profile's batch
+
+
+# ---------------------------------------------------------------- variants
+
+
+FIELDS = {  # in which a variant that is not tuned yet differs from its base
+    "gauss_newton_no_search": {f"method.line_search.{name}" for name in ("candidates", "fraction", "zero")},
+    "matrixwise": {"method.blocks"},
+    "constant_inner_cosine": {"method.inner.schedule"},
+    "constant": {"method.inner.schedule", "outer_steps", "evaluation.stop_below"},
+    "search_without_zero": {"method.line_search.zero"},
+    "search_on_all": {"method.line_search.fraction"},
+    "cold_start": {"method.inner.warm_start"},
+    "double_n": {"method.inner.steps"},
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_variant_changes_what_it_is_named_for(name: str) -> None:
+    base = run_config("laptop", VARIANTS[name].base)
+    found = changed(base, setting_config("laptop", Setting(name)))
+    assert found == FIELDS[name]
+
+
+def test_inner_steps_of_a_variant_are_a_multiple_of_its_methods() -> None:
+    steps = [setting_config("laptop", Setting(name)).method.inner.steps for name in ("quarter_n", "half_n", "double_n")]
+    assert steps == [32, 64, 256]
+
+
+def test_a_variant_without_tuning_of_its_own_runs_with_its_methods_at_the_same_batch(home: Path) -> None:
+    tuned(home, **{"muon": {"method.inner.lr": 0.3}, "muon@128": {"method.inner.lr": 0.07}})
+    for batch, lr in ((None, 0.3), (128, 0.07)):
+        config = setting_config("laptop", Setting("muon_search", batch))
+        assert config.method.inner.lr == lr and config.method.line_search is not None
+    assert list(tuned_settings("line_search", "laptop"))[3:] == ["muon", "soap", "adamw"]
+
+
+def test_a_variant_may_take_twice_the_steps_of_its_method() -> None:
+    assert most_steps("laptop", Setting("gauss_newton")) == 5
+    assert most_steps("laptop", Setting("cold_start")) == 10
+    assert most_steps("laptop", Setting("gauss_newton", 128)) == 80
+    assert most_steps("laptop", Setting("gauss_newton", 8192)) == 5  # no fewer at a larger batch
+    assert most_steps("laptop", Setting("adamw", 128)) == 256
