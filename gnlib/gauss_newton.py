@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gnlib.config import ConfigError, InnerConfig, LineSearchConfig, RunConfig
+from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
 from gnlib.linearise import linearise, outputs_of
 from gnlib.losses import ConvexLoss, CrossEntropy, MeanSquaredError
 from gnlib.optimizers import find
@@ -49,8 +50,8 @@ class GaussNewton:
         loss: `cross_entropy` (outputs [..., V] logits, targets [...] class indices, without padding), `mse` (outputs
             and targets of one shape), or any `ConvexLoss`.
         inner: The inner optimiser: a name of `gnlib.optimizers.registry` or the import path of a torch.optim.Optimizer
-            class, then with lr 0.01 and N = 32 steps (the paper's 45M model: Muon, lr 0.01, N about 37); or an
-            `InnerConfig` for all of its settings.
+            class, then with lr 0.01 and N = 32 steps (the paper's 45M model: Muon, lr 0.01, N about 37);
+            `conjugate_gradient` (at most N iterations on all batches of the step together); or an `InnerConfig`.
         blocks: `full`, `layerwise` (each layer by itself, section 3.2) or `matrix`.
         line_search: True is K = 5 and as many batches as the inner steps use (the paper's 45M model); a
             `LineSearchConfig` sets both; False takes alpha = 1.
@@ -82,7 +83,8 @@ class GaussNewton:
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError("model: it has no trainable parameter")
         if isinstance(inner, str):
-            find(inner)
+            if inner != CONJUGATE_GRADIENT:
+                find(inner)  # or ConfigError with the near names
             inner = InnerConfig(optimizer=inner, lr=0.01, steps=32)
         if isinstance(line_search, bool):
             line_search = LineSearchConfig() if line_search else None  # type: ignore[assignment]

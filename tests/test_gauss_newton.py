@@ -196,6 +196,17 @@ def test_one_step_of_a_linear_regression_solves_the_least_squares_problem() -> N
     assert_close(case.model.weight, solution)  # type: ignore[arg-type]
 
 
+def test_conjugate_gradients_solve_a_linear_regression_in_one_step_on_any_batches() -> None:
+    """On all batches of the step together; what the damping leaves is small."""
+    case = linear_case()
+    options = {"damping": 1e-9, "tolerance": 0.0, "fraction": 1.0}
+    inner = InnerConfig(optimizer="conjugate_gradient", steps=6, options=options)
+    optimizer = GaussNewton(case.model, "mse", inner=inner, line_search=False)
+    optimizer.step(batches(case.inputs, case.targets, 2))  # six of two
+    solution = torch.linalg.lstsq(case.inputs, case.targets).solution.T
+    assert_close(case.model.weight, solution, 1e-6)  # type: ignore[arg-type]
+
+
 def learnable(name: str) -> tuple[nn.Module, str, Tensor, Tensor]:
     """In fp32: the next token is the last one plus one; a teacher's outputs; the largest of the first four inputs."""
     if name in HUGGING_FACE:
@@ -259,6 +270,14 @@ def test_the_inner_optimiser_may_be_a_name_or_an_import_path(inner: str) -> None
     optimizer = GaussNewton(case.model, case.loss, inner=inner)
     assert type(optimizer.outer.solvers[0].optimizers[0]).__name__.lower() == inner.rpartition(".")[2].lower()
     assert optimizer.outer.config.method.inner.steps == 32
+
+
+def test_conjugate_gradients_are_an_inner_solver_by_name() -> None:
+    model, loss, inputs, targets = learnable("classifier")
+    optimizer = GaussNewton(model, loss, inner="conjugate_gradient")
+    endless = batches(inputs, targets, 8)
+    losses = [optimizer.step(endless).train_loss for _ in range(3)]
+    assert losses[-1] < losses[0] * 2 / 3
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
