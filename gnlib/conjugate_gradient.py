@@ -60,7 +60,7 @@ def conjugate_gradient(
         direction = residual + square / previous * direction
         values.append(_quadratic(gradient, residual, d))
         window = max(10, iteration // 10)
-        if iteration > window and values[-1] - values[-1 - window] > window * tolerance * values[-1] and values[-1] < 0:
+        if iteration > window and values[-1] - values[-1 - window] > window * tolerance * values[-1]:  # then q < 0
             break
     return Solution(d, values[-1], len(values) - 1)
 

@@ -165,8 +165,8 @@ class OuterStep:
         totals: list[dict[str, Tensor]] = []
         loss, units = torch.zeros((), device=self.device), 0.0
         batches = list(self._micro_batches(stream, sequences, "train"))
-        with matmul_precision(self.config.compute, self.device):
-            seen = [solver.observe(self.model, self.loss, [inputs for inputs, _ in batches]) for solver in self.solvers]
+        # in the parameters' own precision: K-FAC takes eigenvectors of what it sees
+        seen = [solver.observe(self.model, self.loss, [inputs for inputs, _ in batches]) for solver in self.solvers]
         for inputs, targets in batches:
             with matmul_precision(self.config.compute, self.device):
                 evaluations = self.objective.evaluate(self.model, points, inputs, targets)

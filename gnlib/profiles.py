@@ -144,7 +144,7 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 32, "method.inner.warmup": 3, "compute.micro_batch": 32},
             target=4.05,
             most_steps=(5, 64),
-            batches=(32, 128, 512, 2048, 8192),
+            batches=(128, 512, 2048),
             budget=16384,
             methods={
                 "muon": {"method.inner.lr": 0.1, "method.inner.adam_lr": 0.02},

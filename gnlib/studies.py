@@ -20,7 +20,7 @@ class Study:
     methods: tuple[str, ...]
     """Names of `profiles.ALL_METHODS` and `variants.VARIANTS`."""
     batches: Literal["own", "small", "three", "all"] = "own"
-    """The profile's outer batch; the smallest but one of its batches; both and the largest; or all of them."""
+    """The profile's outer batch; a small one; that, the middle and the largest; or all of them."""
     budget: bool = False
     """Runs end at the profile's token budget."""
 
@@ -29,10 +29,10 @@ class Study:
 
     def _batches(self, profile: str) -> tuple[int, ...]:
         every, own = find_profile(profile).batches, home_batch(profile)
-        small = every[len(every) > 2]
+        small = every[len(every) > 3]  # where there are many, the smallest has too many steps
         if self.batches == "all":
             return every
-        return {"own": (own,), "small": (small,), "three": tuple(sorted({small, own, every[-1]}))}[self.batches]
+        return {"own": (own,), "small": (small,), "three": tuple(sorted({small, every[len(every) // 2], every[-1]}))}[self.batches]
 
 
 _BASELINES = ("muon", "soap", "adamw")

@@ -32,7 +32,7 @@ class Variant:
 
 
 def _scheduled(label: str, name: str, colour: int) -> Variant:
-    return Variant(f"GN, {label}", "gauss_newton", {"method.inner.schedule": name}, line=(colour, 0))
+    return Variant(f"GN, {label}", "gauss_newton", {"method.inner.schedule": name}, tuned=False, line=(colour, 0))
 
 
 def _searching(method: str) -> Variant:
@@ -61,7 +61,7 @@ VARIANTS: dict[str, Variant] = {
     "search_without_zero": _search("no step 0", 0, zero=False),
     "search_on_all": _search("search on 1/1", 1, fraction=1.0),
     "search_on_16th": _search("search on 1/16", 3, fraction=1 / 16),
-    "cold_start": Variant("GN, no warm start", "gauss_newton", {"method.inner.warm_start": False}, line=("", 2)),
+    "cold_start": Variant("GN, no warm start", "gauss_newton", {"method.inner.warm_start": False}, tuned=False, line=("", 2)),
     "muon_search": _searching("muon"),
     "soap_search": _searching("soap"),
     "adamw_search": _searching("adamw"),
@@ -70,9 +70,9 @@ VARIANTS: dict[str, Variant] = {
     "inner_cg": _solved_by(
         "conjugate gradients", "conjugate_gradient", (1, 0), steps=64, schedule="constant", options={"damping": 0.01}
     ),
-    "quarter_n": Variant("GN, N / 4", "gauss_newton", inner_steps=0.25, line=("", 2)),
-    "half_n": Variant("GN, N / 2", "gauss_newton", inner_steps=0.5, line=("", 3)),
-    "double_n": Variant("GN, 2 N", "gauss_newton", inner_steps=2.0),
+    "quarter_n": Variant("GN, N / 4", "gauss_newton", tuned=False, inner_steps=0.25, line=("", 2)),
+    "half_n": Variant("GN, N / 2", "gauss_newton", tuned=False, inner_steps=0.5, line=("", 3)),
+    "double_n": Variant("GN, 2 N", "gauss_newton", tuned=False, inner_steps=2.0),
 }
 
 
@@ -142,12 +142,11 @@ def setting_config(
     variant = VARIANTS.get(setting.name)
     if variant is None and setting.at_home(profile):
         return run_config(profile, setting.name, seed, changes, use_tuned)
-    own: Changes = {}
     if tunable(setting) != setting:
-        start = setting_config(profile, tunable(setting), seed)
+        start, use_tuned = setting_config(profile, tunable(setting), seed), False
     else:
         start = scaled(profile, run_config(profile, setting.base, seed), setting)
-        own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else own
+    own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else {}
     return start.replace(_varied(start, variant), _ending(profile, setting), own, changes or {})
 
 

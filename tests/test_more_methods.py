@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from cases import ListStream, normal, run_config, tiny_decoder, tokens
+from cases import ListStream, linear_case, normal, run_config, tiny_decoder, tokens
 from oracles import assert_all_close, assert_close, schedule_free_adamw, shampoo
 from test_optimizers import FACTORS, MATRICES, _gradients, _inner, _run, _start
 from torch import Tensor
@@ -83,20 +83,23 @@ def parameters(method: OuterStep) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in method.model.named_parameters()}
 
 
-def test_the_model_holds_schedule_frees_average_after_every_outer_step() -> None:
-    """Not the point at which gradients are taken, which is beside it from the second step on."""
-    method, stream = steps_of("schedule_free")
-    (solver,) = method.solvers
-    group = solver.optimizers[0].param_groups[0]
-    for _ in range(3):
+def test_outer_steps_of_schedule_free_leave_the_model_at_its_average_and_take_gradients_beside_it() -> None:
+    """On a least-squares problem with the same batch at every step, against the equations."""
+    case = linear_case()
+    start = case.model.get_parameter("weight").detach().clone()
+    settings = {"method.inner.lr": 0.1, "method.inner.betas": (0.8, 0.95), "outer_batch": 12, "outer_steps": 5}
+    method = OuterStep(case.model, case.loss, run_config(**find_method("schedule_free").changes, **settings))
+    stream, averages = ListStream(case.inputs, case.targets), []
+    for _ in range(5):
         method.step(stream)
-        assert group["train_mode"] is False
-        assert_all_close({n: p.detach() for n, p in method.solution.items()}, parameters(method), 1e-15)
-    average = parameters(method)
-    solver.train()
-    assert max((method.solution[name] - average[name]).norm() for name in average) > 1e-4
-    solver.eval()
-    assert_all_close({n: p.detach() for n, p in method.solution.items()}, average, 1e-14)
+        averages.append(case.model.get_parameter("weight").detach().clone())
+
+    def gradient(W: Tensor) -> Tensor:
+        return (W @ case.inputs.T - case.targets.T) @ case.inputs / len(case.inputs)
+
+    expected = schedule_free_adamw(start, gradient, [0.1] * 5, (0.8, 0.95), 0.0)
+    for found, average in zip(averages, expected, strict=True):
+        assert_close(found - start, average - start, 1e-10)
 
 
 @pytest.mark.parametrize("name", MORE_METHODS)

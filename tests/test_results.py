@@ -184,7 +184,8 @@ def test_the_table_of_runs_has_steps_tokens_and_final_loss() -> None:
     runs = [made("gauss_newton", [5.0, 4.0]), made("soap", [5.0, 4.8, None], status="diverged")]
     frame = steps_to_target(runs, 4.5)
     identity = ["method", "batch", "seed", "status", "run"]
-    assert list(frame.columns) == [*identity, "steps", "tokens", "censored", "final_loss"]
+    axes = ["outer_step", "flops", "gradients", "wall_s"]  # there, beside tokens
+    assert list(frame.columns) == [*identity, "steps", "tokens", "censored", *axes, "final_loss"]
     assert frame["steps"].tolist() == [0.5, 2] and frame["tokens"].tolist() == [625, 2000]
     assert frame["censored"].tolist() == [False, True]
     assert frame["final_loss"][0] == 4.0 and math.isnan(frame["final_loss"][1])

@@ -219,6 +219,17 @@ def test_a_layer_that_is_not_linear_is_a_one_line_error() -> None:
 
 
 @pytest.mark.parametrize("method", ["kfac", "sophia_g"])
+def test_curvature_is_measured_in_full_precision_also_where_products_are_in_bf16(method: str) -> None:
+    model = tiny_decoder().float()
+    changes = {"compute.precision": "bf16", "method.inner.options": {"period": 1}, "compute.micro_batch": 4}
+    step = OuterStep(model, CrossEntropy(), run_config(**find_method(method).changes, **changes))
+    step.step(ListStream(tokens(8, 5, 1), tokens(8, 5, 2)))
+    states = [value for o in step.solvers[0].optimizers for entry in o.state.values() for value in entry.values()]
+    assert {value.dtype for value in states if isinstance(value, Tensor)} == {torch.float32}
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["kfac", "sophia_g"])
 def test_an_outer_step_counts_the_cost_of_observing_and_does_not_depend_on_the_micro_batch(method: str) -> None:
     """4 sequences: 3 forward passes each for the gradient, 3 more where the curvature is refreshed (steps 1 and 3)."""
     ends, costs = [], []
