@@ -1,12 +1,13 @@
 """Disjoint parameter blocks, each solved with all others held fixed (arXiv 2510.09378, section 3.2).
 
-    full        one block: Gauss-Newton of the whole model
-    layerwise   embedding, each transformer block (the last one with the final norm), output head
-    matrix      every parameter tensor by itself
+full        one block: Gauss-Newton of the whole model
+layerwise   embedding, each transformer block (the last one with the final norm), output head
+matrix      every parameter tensor by itself
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from torch import nn
@@ -19,26 +20,40 @@ Block = list[str]  # names of parameters
 def partition(model: nn.Module, kind: Literal["full", "layerwise", "matrix"]) -> list[Block]:
     """The model's trainable parameters, each in exactly one block.
 
-    The layers of a foreign module are its direct children, a ModuleList or Sequential counting as its members.
+    The layers of a foreign module are its direct children, where a ModuleList or Sequential counts as its members and
+    a child that has a ModuleList of its own (the trunk of a Hugging Face model) as its children. A tied weight belongs
+    to the layer that comes first.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if kind == "full":
         return [names]
     if kind == "matrix":
         return [[name] for name in names]
-    layers = model.layers() if isinstance(model, Decoder) else _by_child(model, names)
+    layers = model.layers() if isinstance(model, Decoder) else _layers(model)
     trainable = [[name for name in layer if name in set(names)] for layer in layers]
     return [layer for layer in trainable if layer]
 
 
-def _by_child(model: nn.Module, names: list[str]) -> list[Block]:
-    modules = [(name, module) for name, module in model.named_modules() if name]
-    lists = tuple(f"{name}." for name, module in modules if isinstance(module, (nn.ModuleList, nn.Sequential)))
+def _layers(model: nn.Module) -> list[Block]:
+    names = [name for name, _ in model.named_parameters()]  # each tensor once, by its first name
+    starts = list(_starts(model))
     layers: dict[str, Block] = {}
     for name in names:
-        inside = max((prefix for prefix in lists if name.startswith(prefix)), key=len, default="")
-        layers.setdefault(inside + name.removeprefix(inside).split(".")[0], []).append(name)
+        layers.setdefault(max((start for start in starts if f"{name}.".startswith(start)), key=len), []).append(name)
     return list(layers.values())
+
+
+def _starts(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """How the parameters' names of each layer start, in the module's order."""
+    for name, _ in module.named_parameters(prefix.removesuffix("."), recurse=False):
+        yield f"{name}."
+    for name, child in module.named_children():
+        opened = isinstance(child, (nn.ModuleList, nn.Sequential))
+        trunk = not isinstance(module, nn.ModuleList) and any(isinstance(m, nn.ModuleList) for m in child.modules())
+        if opened or trunk:
+            yield from _starts(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}."
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
@@ -51,6 +66,4 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     excluded = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     excluded.update(linears[-1:])
-    return {
-        name for name, p in model.named_parameters() if p.ndim == 2 and name.rpartition(".")[0] not in excluded
-    }
+    return {name for name, p in model.named_parameters() if p.ndim == 2 and name.rpartition(".")[0] not in excluded}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from gnlib import bench as benchmark
 from gnlib import claims as claim_rows
+from gnlib import compare as comparing
 from gnlib import export as exports
 from gnlib import readme as readme_table
 from gnlib.config import ConfigError, RunConfig
@@ -154,6 +156,36 @@ def tune(
 
 
 @app.command
+def compare(
+    optimizer: Name,
+    profile: str = "laptop",
+    kwargs: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (),
+    batches: tuple[int, ...] = (),
+    trials: int = comparing.TRIALS,
+    fresh: bool = False,
+    jobs: int | None = None,
+) -> None:
+    """Tune an optimiser of your own and compare it with Gauss-Newton and the best baseline, with a figure.
+
+    Args:
+        optimizer: The import path of a torch.optim.Optimizer class; modules in this directory are found.
+        profile: A name listed by `gnlib profiles`.
+        kwargs: Its arguments, e.g. momentum=0.9; lr is where the search starts.
+        seeds: Data orders; the profile's first by default.
+        batches: Sequences per step; the profile's outer batch and a sixteenth of it by default.
+        trials: Tuning runs at each batch, in pairs.
+        fresh: Do not count shipped records as done.
+        jobs: Runs at a time; one per core or GPU by default.
+    """
+    arguments = dict(_assignment(text, "--kwargs") for text in kwargs)
+    found = comparing.compare(optimizer, profile, arguments, seeds, batches, trials, fresh, True, jobs)
+    print(comparing.table(found).to_string())
+    print(*comparing.notes(found), sep="\n")
+    print(f"figure: {comparing.save(found) / profile}.png")
+
+
+@app.command
 def claims(profile: str = "laptop", fresh: bool = False, seeds: tuple[int, ...] = (), json: bool = False) -> None:
     """Compare the paper's claims with the records, row by row.
 
@@ -181,7 +213,7 @@ def verify() -> None:
 
 @app.command
 def readme() -> None:
-    """Bring the claims table in README.md up to date with the shipped records."""
+    """Bring the claims table in README.md and docs/api.md up to date with records and docstrings."""
     readme_table.update()
 
 
@@ -212,10 +244,10 @@ def bench(
             temporary.write_text(_dumps(rows) + "\n")
 
 
-def _assignment(text: str) -> tuple[str, object]:
+def _assignment(text: str, option: str = "--set") -> tuple[str, object]:
     field, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"--set {text}: expected field=value")
+        raise ConfigError(f"{option} {text}: expected field=value")
     try:
         return field, json.loads(value)
     except json.JSONDecodeError:
@@ -228,6 +260,8 @@ def _dumps(tree: object) -> str:
 
 def main() -> None:
     """Entry point of the `gnlib` command."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # a user's own optimisers, as `python -m gnlib` finds them
     try:
         app.cli(prog="gnlib", description="Full Gauss-Newton as the oracle for language-model optimisers.")
     except (ConfigError, StudyError, OSError) as error:

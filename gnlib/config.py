@@ -85,7 +85,11 @@ class StartConfig(Section):
 
 
 class InnerConfig(Section):
-    """The solver of an outer step's subproblem: `steps` optimiser steps on batches of outer_batch / steps sequences."""
+    """The solver of an outer step's subproblem: `steps` optimiser steps on batches of outer_batch / steps sequences.
+
+    Weight decay, clipping and betas are by default those of the paper's 45M runs (arXiv 2510.09378, section 4);
+    learning rates are tuned by profile.
+    """
 
     optimizer: str = "muon"
     """A name of `gnlib.optimizers.registry` or the import path of a torch.optim.Optimizer class."""
@@ -123,7 +127,7 @@ class InnerConfig(Section):
 
 
 class LineSearchConfig(Section):
-    """Step length along the inner solution, by the true loss on batches of its own."""
+    """Step length along the inner solution, by the true loss on batches of its own (arXiv 2510.09378, section 3.1)."""
 
     candidates: int = Field(5, gt=0)
     """K: step sizes 2^(-i/2), i = 0 .. K-1."""

@@ -1,4 +1,5 @@
-"""Shipping records: the ended runs of a profile's studies and tuning as data/records/<profile>/<run>.jsonl.
+"""Shipping records: the ended runs of a profile's studies, of its tuning and of notebook 10's example, as
+data/records/<profile>/<run>.jsonl.
 
 A manifest of SHA-256 sums (the format of sha256sum) lets anyone check that a record is the one that was measured.
 """
@@ -10,6 +11,7 @@ import json
 from pathlib import Path
 
 from gnlib import record as records
+from gnlib.compare import example_runs
 from gnlib.config import ConfigError
 from gnlib.files import data_folder, home, replacing
 from gnlib.profiles import find_profile, records_folder
@@ -23,7 +25,8 @@ def export(profile: str) -> int:
     """Copy what is in data/runs and belongs to the profile; returns how many records are shipped then."""
     find_profile(profile)
     folder = records_folder(profile)
-    wanted = {config.recipe_id for name in STUDIES for config in study_configs(name, profile)} | _tuning_runs(folder)
+    wanted = {config.recipe_id for name in STUDIES for config in study_configs(name, profile)}
+    wanted |= _tuning_runs(folder) | example_runs(profile)
     for record in load_folder(data_folder() / "runs"):
         if record.ended and record.config.recipe_id in wanted:
             records.write(folder / f"{record.config.recipe_id}.jsonl", record)

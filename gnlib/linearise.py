@@ -24,6 +24,12 @@ from gnlib.model import Block, Decoder
 Parameters = Mapping[str, Tensor]
 
 
+def outputs_of(model: nn.Module, inputs: Tensor, parameters: Parameters | None = None) -> Tensor:
+    """f(inputs), at other parameters if they are given; of a Hugging Face ModelOutput its `logits`."""
+    found = model(inputs) if parameters is None else torch.func.functional_call(model, dict(parameters), (inputs,))
+    return found if isinstance(found, Tensor) else found.logits
+
+
 def linearise(model: nn.Module, inputs: Tensor, compiled: bool = False) -> Linearisation:
     """`model` at its parameters and `inputs`; the fast implementation where the model has one."""
     if isinstance(model, Decoder):
@@ -36,13 +42,13 @@ class Linearisation:
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
         self.model, self.inputs = model, inputs
-        self.outputs: Tensor = model(inputs)
+        self.outputs = outputs_of(model, inputs)
 
     def tangent(self, delta: Parameters) -> Tensor:
         """v = J delta for the named parameters, all others fixed; the shape of `outputs`, without a graph."""
 
         def outputs(changed: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(self.model, changed, (self.inputs,))
+            return outputs_of(self.model, self.inputs, changed)
 
         parameters = dict(self.model.named_parameters())
         anchor = {name: parameters[name].detach() for name in delta}

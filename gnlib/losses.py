@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gnlib.config import ConfigError
+
 
 class ConvexLoss(Protocol):
     """What `gnlib.objective` needs of a loss L(z, y), convex in z. Implement the three for a loss of your own."""
@@ -56,9 +58,14 @@ class CrossEntropy:
 
 
 class MeanSquaredError:
-    """L = mean over the n predictions of 1/2 |z - y|^2; z and y [n, features] or [n]."""
+    """L = mean over the n predictions of 1/2 |z - y|^2; z and y [n, features] or [n], of one shape.
+
+    Gradient (z - y) / n, Hessian product v / n. Half of torch's `MSELoss`, which also averages over features.
+    """
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
+        if z.shape != y.shape:  # they would be broadcast
+            raise ConfigError(f"mse: outputs {list(z.shape)} and targets {list(y.shape)} must have the same shape")
         return 0.5 * (z - y).square().sum() / len(z)
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:

@@ -77,7 +77,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """tokens [B, S] -> logits [B, S, V]."""
+    """The paper's decoder, tokens [B, S] -> logits [B, S, V] (arXiv 2510.09378, section 4).
+
+    RMSNorm before attention and MLP (eps 1e-6), RoPE (base 1e4), LayerNorm of the whole query and key vectors, a
+    two-matrix GELU MLP, an untied head, no biases. Sequences are at most `sequence_length` tokens long.
+    """
 
     def __init__(
         self, vocabulary: int, width: int, mlp_width: int, blocks: int, heads: int, sequence_length: int

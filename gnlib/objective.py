@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gnlib import head
 from gnlib.config import MethodConfig
-from gnlib.linearise import Parameters, linearise
+from gnlib.linearise import Parameters, linearise, outputs_of
 from gnlib.losses import ConvexLoss, CrossEntropy
 from gnlib.model import Decoder
 
@@ -41,14 +41,14 @@ class Objective(Protocol):
 
 
 class TrueLoss:
-    """L(f(theta), y) by ordinary backpropagation."""
+    """L(f(theta), y) by ordinary backpropagation: what a baseline minimises, in the unit of the loss."""
 
     def __init__(self, loss: ConvexLoss, compiled: bool = False) -> None:
         self.loss = loss
         self._value = torch.compile(self._value_at) if compiled else self._value_at
 
     def _value_at(self, model: nn.Module, point: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.loss.value(torch.func.functional_call(model, point, (inputs,)), targets)
+        return self.loss.value(outputs_of(model, inputs, point), targets)
 
     def evaluate(
         self, model: nn.Module, points: Sequence[Parameters], inputs: Tensor, targets: Tensor
@@ -99,8 +99,11 @@ def _difference(point: Parameters, anchor: Parameters) -> dict[str, Tensor]:
     return dict(zip(point, torch._foreach_sub(list(point.values()), [anchor[name] for name in point]), strict=True))
 
 
-class GaussNewton(LinearisedObjective):
-    """L(z) + g.v + 1/2 v.Hv: minimised by theta_t - G^(-1) grad, G = J^T H J."""
+class GaussNewtonObjective(LinearisedObjective):
+    """L(z) + g.v + 1/2 v.Hv: minimised by theta_t - G^(-1) grad, G = J^T H J (arXiv 2510.09378, section 3).
+
+    v = J (theta - theta_t) has the shape of the outputs z. `ridge` lambda adds lambda * sum of mean(delta^2).
+    """
 
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if _has_kernel(self.loss, z):
@@ -109,8 +112,8 @@ class GaussNewton(LinearisedObjective):
         return loss, loss + ((g + 0.5 * hv) * v).sum(), g + hv
 
 
-class ProxLinear(LinearisedObjective):
-    """L(z + v, y): the linearised model under the whole loss, with its higher-order terms."""
+class ProxLinearObjective(LinearisedObjective):
+    """L(z + v, y): the linearised model under the whole loss, with its higher-order terms (section 3, as above)."""
 
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if _has_kernel(self.loss, z):
@@ -131,7 +134,10 @@ def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tupl
 
 @torch.no_grad()
 def curvature_product(model: nn.Module, loss: ConvexLoss, delta: Parameters, inputs: Tensor, y: Tensor) -> Parameters:
-    """G delta = J^T H J delta on a batch:  delta -> J delta -> H J delta -> J^T H J delta."""
+    """G delta = J^T H J delta on a batch:  delta -> J delta -> H J delta -> J^T H J delta.
+
+    `delta` holds tensors of the parameters' shapes by name, as the result does; parameters without one are fixed.
+    """
     with torch.enable_grad():
         here = linearise(model, inputs)
     return here.pullback(loss.hessian_product(here.outputs.detach(), y, here.tangent(delta)), list(delta))
@@ -144,7 +150,7 @@ def forward_loss(loss: ConvexLoss, compiled: bool = False) -> Callable[[nn.Modul
     @torch.no_grad()
     def value(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         if not isinstance(model, Decoder):
-            return loss.value(model(inputs), targets)
+            return loss.value(outputs_of(model, inputs), targets)
         x = features(model, inputs).flatten(0, -2)
         return head.mean_loss(x, model.head.weight, targets.flatten(), loss, compiled)
 
@@ -155,5 +161,5 @@ def build_objective(method: MethodConfig, loss: ConvexLoss, compiled: bool = Fal
     """The objective that a method's inner solver minimises."""
     if method.objective == "loss":
         return TrueLoss(loss, compiled)
-    kind = {"gauss_newton": GaussNewton, "prox_linear": ProxLinear}[method.objective]
+    kind = {"gauss_newton": GaussNewtonObjective, "prox_linear": ProxLinearObjective}[method.objective]
     return kind(loss, method.ridge, compiled)

@@ -119,6 +119,12 @@ def find(name: str) -> Entry:
 
 
 def _from_path(path: str) -> Entry:
+    kind = imported(path)
+    return Entry(kind.__name__, path, lambda matrices, others, inner: [construct(kind, {**matrices, **others}, inner)])
+
+
+def imported(path: str) -> type[Optimizer]:
+    """The torch.optim.Optimizer class at an import path; ConfigError if there is none."""
     module_name, _, class_name = path.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module_name), class_name)
@@ -126,18 +132,22 @@ def _from_path(path: str) -> Entry:
         raise ConfigError(f"method.inner.optimizer: cannot import {path!r} ({error})") from None
     if not (inspect.isclass(kind) and issubclass(kind, Optimizer)):
         raise ConfigError(f"method.inner.optimizer: {path!r} is no torch.optim.Optimizer class")
-    return Entry(class_name, path, lambda matrices, others, inner: [construct(kind, {**matrices, **others}, inner)])
+    return kind
 
 
 def construct(kind: type[Optimizer], parameters: Named, inner: InnerConfig, **settings: Any) -> Optimizer:
     """`kind` on the parameters with lr, weight decay and betas where it has them, `settings`, then the user's options.
 
     An option that the class does not take is an error, since some optimisers swallow unknown keywords, and so is one
-    that is a field of InnerConfig.
+    that has come from a field of InnerConfig. A class with another number of betas keeps its own.
     """
     known = inspect.signature(kind.__init__).parameters
-    common: dict[str, Any] = {"lr": inner.lr, "weight_decay": inner.weight_decay, "betas": inner.betas}
-    reserved = {"self", "params", "args", "kwargs", *type(inner).model_fields}  # fields are set as fields
+    common: dict[str, Any] = {"lr": inner.lr, "weight_decay": inner.weight_decay}
+    own_betas = known["betas"].default if "betas" in known else ()
+    if not isinstance(own_betas, tuple) or len(own_betas) == len(inner.betas):
+        common["betas"] = inner.betas
+    fields = (common | settings).keys() & type(inner).model_fields.keys()  # these are set as fields
+    reserved = {"self", "params", "args", "kwargs", *fields}
     unknown = [name for name in inner.options if name not in known or name in reserved]
     if unknown:
         allowed = [name for name in known if name not in reserved]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gnlib.blocks import hidden_matrices, partition
-from gnlib.config import RunConfig
+from gnlib.config import ComputeConfig, MethodConfig
 from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
 from gnlib.conjugate_gradient import HessianFree
 from gnlib.line_search import line_search, move
@@ -38,16 +38,32 @@ class Stream(Protocol):
     def take(self, count: int, purpose: Purpose = "train") -> tuple[Tensor, Tensor]: ...
 
 
+class StepConfig(Protocol):
+    """What an outer step needs to know of a run (`gnlib.config.RunConfig`)."""
+
+    @property
+    def method(self) -> MethodConfig: ...
+
+    @property
+    def compute(self) -> ComputeConfig: ...
+
+    @property
+    def outer_batch(self) -> int: ...
+
+    @property
+    def outer_steps(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class StepInfo:
-    """What one outer step did."""
+    """What one outer step did. Losses are in the loss's unit: nats per token for the language model."""
 
     train_loss: float
-    """Mean loss at theta_t over the step's training batches, nats per token."""
+    """Mean loss at theta_t over the step's training batches."""
     step_size: float
-    """alpha."""
+    """alpha; 1 without a line search."""
     search_gain: float | None
-    """Search loss at theta_t minus at theta_{t+1}, nats per token; None without a search that includes 0."""
+    """Search loss at theta_t minus at theta_{t+1}; None without a search that includes 0."""
     forward_passes: float
     """Matmul cost, in forward passes of one sequence."""
 
@@ -59,7 +75,7 @@ class OuterStep:
     (warm start) or start afresh; a baseline always starts at theta_t and keeps its optimiser's state.
     """
 
-    def __init__(self, model: nn.Module, loss: ConvexLoss, config: RunConfig) -> None:
+    def __init__(self, model: nn.Module, loss: ConvexLoss, config: StepConfig) -> None:
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
         self.loss = loss
@@ -80,6 +96,12 @@ class OuterStep:
             blocks = [{name: self.solution[name] for name in block} for block in self.blocks]
             self.solvers = [Solver(block, hidden, method.inner) for block in blocks]
 
+    @property
+    def search_sequences(self) -> int:
+        """What the line search of one outer step reads, at least; 0 without one."""
+        search = self.config.method.line_search
+        return max(1, round(search.fraction * self.config.outer_batch)) if search else 0
+
     def step(self, stream: Stream) -> StepInfo:
         """One outer step on fresh batches of `stream`; the model ends at theta_{t+1}."""
         anchor = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -90,8 +112,7 @@ class OuterStep:
             move(self.model, anchor, self.solution, 1.0)
             step_size, gain = 1.0, None
         else:
-            sequences = max(1, round(search.fraction * self.config.outer_batch))
-            batches = self._micro_batches(stream, sequences, "search")
+            batches = self._micro_batches(stream, self.search_sequences, "search")
             with matmul_precision(self.config.compute, self.device):
                 found = line_search(self.model, self.forward_loss, anchor, self.solution, batches, search)
             step_size = found.step_size
@@ -139,7 +160,7 @@ class OuterStep:
         return loss, units
 
     def _gradients(self, stream: Stream, sequences: int) -> tuple[list[dict[str, Tensor]], Tensor, float]:
-        """Each block's gradient on the same fresh batch, the mean loss, and the cost per sequence."""
+        """Each block's gradient on the same fresh batch, the mean loss, and the cost per sequence asked for."""
         points = [{name: self.solution[name].detach() for name in block} for block in self.blocks]
         totals: list[dict[str, Tensor]] = []
         loss, units = torch.zeros((), device=self.device), 0.0
@@ -155,7 +176,8 @@ class OuterStep:
             totals = gradients if not totals else [_summed(t, g) for t, g in zip(totals, gradients, strict=True)]
         if len(batches) > 1:
             totals = [{name: g / len(batches) for name, g in total.items()} for total in totals]
-        return totals, loss, units + sum(seen)
+        read = sum(len(inputs) for inputs, _ in batches)
+        return totals, loss, (units + sum(seen)) * read / sequences
 
     def _micro_batches(self, stream: Stream, sequences: int, purpose: Purpose) -> Iterator[tuple[Tensor, Tensor]]:
         """Equal batches of at most `compute.micro_batch` sequences, so that the mean of means is the mean.

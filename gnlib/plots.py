@@ -95,7 +95,7 @@ def _band(axes: Axes, x: Any, values: Any, name: str) -> Any:
 
     `values` are grouped, and `x` has one number a group.
     """
-    style = styles().get(name, {})
+    style = styles().get(name, {"color": "black"})
     (line,) = axes.plot(x, values.mean(), label=name, marker="o", markersize=2.5, linewidth=1.2, **style)
     axes.fill_between(x, values.min(), values.max(), color=line.get_color(), alpha=0.2, linewidth=0)
     return line.get_color()
@@ -192,9 +192,32 @@ def step_times(times: pd.DataFrame) -> Figure:
     return figure
 
 
-def save(figure: Figure, table: pd.DataFrame, profile: str, stem: str) -> Path:
-    """Write figures/<profile>/<stem>.png, .pdf and .csv (the table behind the figure); returns the folder."""
-    folder = home() / "figures" / profile
+def curves_by_batch(curves: pd.DataFrame, target: float, title: str = "") -> Figure:
+    """Validation loss against outer step, a panel a batch size, the largest first; a method of your own is black."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    batches, names = sorted(set(curves["batch"]), reverse=True), _order(list(curves["method"].unique()))
+    size = (WIDTH if len(batches) == 1 else 1.5 * WIDTH, 3.7)
+    with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
+        figure, row = plt.subplots(ncols=len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axes, batch in zip(row[0], batches, strict=True):
+            for name in names:
+                by_step = curves[(curves["method"] == name) & (curves["batch"] == batch)].groupby("outer_step")
+                _band(axes, by_step["outer_step"].mean(), by_step["val_loss"], name)
+            axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
+            axes.set(xlabel=AXES["outer_step"])
+            axes.set_title(f"batch of {batch} tokens", fontsize="medium")
+        row[0, 0].set(ylabel=LOSS)
+        figure.legend(*row[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        figure.suptitle(f"{title}, target {target:g}", fontsize="medium")
+    plt.close(figure)
+    return figure
+
+
+def save(figure: Figure, table: pd.DataFrame, profile: str, stem: str, folder: Path | None = None) -> Path:
+    """Write figures/<profile>/<stem>.png, .pdf and .csv (the table behind the figure), or into `folder`; returns it."""
+    folder = folder or home() / "figures" / profile
     # no dates: the same records give the same bytes
     for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         with replacing(folder / f"{stem}.{suffix}") as temporary:

@@ -1,7 +1,11 @@
-"""The README's claims table, generated from the records, between two markers."""
+"""What is generated in the documentation: the README's claims table from the records, docs/api.md from docstrings."""
 
 from __future__ import annotations
 
+import inspect
+from pydoc import locate
+
+import gnlib
 from gnlib.claims import as_markdown
 from gnlib.config import ConfigError
 from gnlib.files import home, replacing
@@ -21,8 +25,49 @@ def updated() -> str:
     return f"{before}{BEGIN}\n{as_markdown(shipped)}\n{END}{after}"
 
 
+FUNCTIONS = (
+    "gnlib.train.train",
+    "gnlib.studies.study_configs",
+    "gnlib.study.run_study",
+    "gnlib.tune.tune",
+    "gnlib.compare.compare",
+    "gnlib.compare.table",
+    "gnlib.results.summary",
+    "gnlib.results.curves",
+    "gnlib.claims.claims",
+    "gnlib.optimizers.find",
+    "gnlib.blocks.partition",
+)
+
+API = """# What is public
+
+Written by `gnlib readme` from the docstrings, which have the equations, shapes, units, defaults and sources:
+`help(gnlib.GaussNewton)`. What is not listed here may change without notice.
+
+| in `gnlib` | |
+| --- | --- |
+{names}
+
+| for studies and figures | |
+| --- | --- |
+{functions}
+"""
+
+
+def api_page() -> str:
+    """docs/api.md: the names of `gnlib.__all__` and what notebooks call, each with its docstring's first sentence."""
+    names = "\n".join(_row(name, getattr(gnlib, name)) for name in gnlib.__all__)
+    return API.format(names=names, functions="\n".join(_row(path, locate(path)) for path in FUNCTIONS))
+
+
+def _row(name: str, what: object) -> str:
+    paragraph = (inspect.getdoc(what) or "").partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+    sentence, dot, _ = paragraph.partition(". ")
+    return f"| `{name}` | {sentence}{dot.strip()} |"
+
+
 def update() -> None:
-    """Write it."""
-    text = updated()
-    with replacing(home() / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write both."""
+    for name, text in (("README.md", updated()), ("docs/api.md", api_page())):
+        with replacing(home() / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gnlib.config import ConfigError, RunConfig
@@ -31,6 +31,7 @@ MAX_ROUNDS = 12
 
 Point = tuple[int, ...]  # one index an axis
 Score = tuple[float, float]  # (steps to target or inf, final loss); smaller is better
+Trials = dict[Point, tuple[Score, RunConfig]]
 
 
 class Axis:
@@ -97,30 +98,67 @@ def tune(
     command = command_for(profile, setting)
     axes = axes_of(profile, setting)
     target = -math.inf if setting.budget else find_profile(profile).target
-    trials: dict[Point, tuple[Score, RunConfig]] = {}
+
+    def config(settings: Changes) -> RunConfig:
+        return setting_config(profile, setting, SEED, settings, use_tuned=False)
+
+    def known(configs: list[RunConfig]) -> list[Record | None]:
+        return find(configs, profile)
+
+    def run(configs: list[RunConfig]) -> list[Record]:
+        return run_study(configs, profile, jobs=jobs, command=command)
+
+    trials = search(axes, target, config, run if allow_run else None, known, rounds)
+    if not trials:
+        raise StudyError(f"{name}, profile {profile}: no records to tune by; run: {command}")
+    entry = entry_of(axes, trials)
+    _merge(profile, name, entry)
+    return entry
+
+
+def search(
+    axes: list[Axis],
+    target: float,
+    config: Callable[[Changes], RunConfig],
+    run: Callable[[list[RunConfig]], list[Record]] | None,
+    known: Callable[[list[RunConfig]], list[Record | None]] | None = None,
+    rounds: int = MAX_ROUNDS,
+    width: int | None = None,
+) -> Trials:
+    """Walk from the grid's origin to the best neighbour, again and again, until there is no better one.
+
+    What is `known` is walked first. A round then runs the best setting's untried neighbours, all or the first `width`.
+    """
+    trials: Trials = {}
     best: Point = (0,) * len(axes)
     while rounds:
         untried = {
-            point: setting_config(profile, setting, SEED, settings, use_tuned=False)
+            point: config(settings)
             for point in [best, *neighbours(best)]
             if point not in trials and (settings := _settings(axes, point))
         }
-        found = dict(zip(untried, find(list(untried.values()), profile), strict=True))
+        found = dict(zip(untried, known(list(untried.values())), strict=True)) if known else {}
         records = {point: record for point, record in found.items() if record is not None}
-        if not records and untried and allow_run:  # first walk as far as the records go, then run
-            runs = run_study(list(untried.values()), profile, jobs=jobs, command=command)
-            records = dict(zip(untried, runs, strict=True))
+        if not records and untried and run:
+            chosen = dict(list(untried.items())[:width])
+            records = dict(zip(chosen, run(list(chosen.values())), strict=True))
             rounds -= 1
         if not records:
             break
         trials |= {point: (score(record, target), record.config) for point, record in records.items()}
-        best = min(trials, key=lambda point: trials[point][0])
-    if not trials:
-        raise StudyError(f"{name}, profile {profile}: no records to tune by; run: {command}")
-    interior = all(point in trials or _below(axes, point) for point in neighbours(best))
-    entry = _entry(axes, trials, best, interior)
-    _merge(profile, name, entry)
-    return entry
+        best = _best(trials)
+    return trials
+
+
+def _best(trials: Trials) -> Point:
+    return min(trials, key=lambda point: trials[point][0])
+
+
+def open_fields(axes: list[Axis], trials: Trials) -> list[str]:
+    """The fields along which the best setting has a neighbour that was not tried."""
+    beside = neighbours(_best(trials))
+    missing = [point not in trials and not _below(axes, point) for point in beside]
+    return [axis.field for index, axis in enumerate(axes) if any(missing[2 * index : 2 * index + 2])]
 
 
 def ensure_tuned(profile: str, settings: Sequence[Setting], allow_run: bool) -> None:
@@ -160,9 +198,9 @@ def _settings(axes: list[Axis], point: Point) -> Changes | None:
     return {axis.field: value for axis, value in zip(axes, values, strict=True)}
 
 
-def _entry(
-    axes: list[Axis], trials: Mapping[Point, tuple[Score, RunConfig]], best: Point, interior: bool
-) -> dict[str, Any]:
+def entry_of(axes: list[Axis], trials: Trials) -> dict[str, Any]:
+    """The best setting, whether it is interior to what was tried, and the trials, best first."""
+
     def row(point: Point) -> dict[str, Any]:
         (steps, loss), config = trials[point]
         finite = {"steps_to_target": steps, "final_loss": loss}
@@ -171,7 +209,8 @@ def _entry(
         } | {"run": config.recipe_id}
 
     ordered = sorted(trials, key=lambda point: trials[point][0])
-    return {"settings": _settings(axes, best), "interior": interior, "trials": [row(point) for point in ordered]}
+    interior = not open_fields(axes, trials)
+    return {"settings": _settings(axes, _best(trials)), "interior": interior, "trials": [row(p) for p in ordered]}
 
 
 def _merge(profile: str, name: str, entry: dict[str, Any]) -> None:

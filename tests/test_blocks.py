@@ -86,6 +86,23 @@ def test_the_layers_of_a_foreign_module_are_its_children_and_the_members_of_its_
     ]
 
 
+def test_a_child_with_a_list_of_blocks_is_a_trunk_whose_parts_are_layers_and_a_block_stays_whole() -> None:
+    """Also where a block has lists and sequences of its own."""
+    block = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)]), "mlp": nn.Sequential(nn.Linear(4, 4))})
+    trunk = nn.ModuleDict({"embed": nn.Embedding(5, 4), "h": nn.ModuleList([block]), "norm": nn.LayerNorm(4)})
+    layers = partition(nn.ModuleDict({"trunk": trunk, "head": nn.Linear(4, 5)}), "layerwise")
+    assert [layer[0] for layer in layers] == [
+        "trunk.embed.weight", "trunk.h.0.experts.0.weight", "trunk.norm.weight", "head.weight",
+    ]  # fmt: skip
+    assert [len(layer) for layer in layers] == [1, 4, 2, 2]
+
+
+def test_a_tied_weight_belongs_to_the_layer_that_comes_first() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+    model["head"].weight = model["embed"].weight  # type: ignore[assignment]
+    assert partition(model, "layerwise") == [["embed.weight"], ["head.bias"]]
+
+
 def test_the_layers_of_a_sequential_model_are_its_members() -> None:
     assert partition(mlp((3, 4, 2), nn.Tanh), "layerwise") == [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
 

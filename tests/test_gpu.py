@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gnlib.config import ComputeConfig
 from gnlib.losses import CrossEntropy
 from gnlib.model import Decoder
-from gnlib.objective import GaussNewton, LinearisedObjective, ProxLinear
+from gnlib.objective import GaussNewtonObjective, LinearisedObjective, ProxLinearObjective
 from gnlib.precision import matmul_precision
 from gnlib.tangents import attention, dense_attention
 
@@ -60,7 +60,7 @@ def _gradients(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", [GaussNewton, ProxLinear])
+@pytest.mark.parametrize("kind", [GaussNewtonObjective, ProxLinearObjective])
 @pytest.mark.parametrize("precision", BOUNDS)
 def test_gradients_of_every_layer_agree_with_float64(
     precision: str, kind: type[LinearisedObjective], compiled: bool, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gnlib import readme, results
+from gnlib import compare, readme, results
 from gnlib.files import home
 from gnlib.profiles import find_profile
 from gnlib.record import Record
@@ -81,7 +81,10 @@ def test_no_trace_of_one_execution_is_left(path: Path) -> None:
 
 
 RUNNING = [path for path in NOTEBOOKS if not path.stem.startswith("00")]  # 00 has no runs
-SMALLER = {"11_learning_rates": {"methods": ["adamw"]}}  # than all of the study, in the tiny profile
+SMALLER: dict[str, dict[str, Any]] = {
+    "10_your_own_optimizer": {"methods": ["gauss_newton", "adamw"], "batches": [64], "trials": 1},
+    "11_learning_rates": {"methods": ["adamw"]},
+}  # than all, in the tiny profile
 
 
 @pytest.mark.parametrize("path", RUNNING, ids=lambda path: path.stem)
@@ -131,6 +134,13 @@ def test_the_figures_table_is_that_of_the_shipped_records(profile: str, stem: st
     records = study_records(study, profile, methods=DRAWN[profile][stem], allow_run=False)
     found = table(records, find_profile(profile).target)
     assert found.to_csv(index=False, float_format="%.6g", lineterminator="\n") == committed(profile, stem)
+
+
+def test_the_table_of_the_example_optimiser_is_that_of_the_shipped_records() -> None:
+    seeds = find_profile("laptop").seeds
+    found = compare.figure_table(compare.compare(compare.EXAMPLE, "laptop", seeds=seeds, allow_run=False))
+    csv = found.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    assert csv == committed("laptop", "10_your_own_optimizer")
 
 
 def committed(profile: str, stem: str) -> str:

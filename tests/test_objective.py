@@ -10,9 +10,19 @@ from torch import Tensor
 
 from gnlib.blocks import partition
 from gnlib.config import MethodConfig
-from gnlib.objective import GaussNewton, LinearisedObjective, ProxLinear, TrueLoss, build_objective, curvature_product
+from gnlib.objective import (
+    GaussNewtonObjective,
+    LinearisedObjective,
+    ProxLinearObjective,
+    TrueLoss,
+    build_objective,
+    curvature_product,
+)
 
-LINEARISED: dict[str, type[LinearisedObjective]] = {"gauss_newton": GaussNewton, "prox_linear": ProxLinear}
+LINEARISED: dict[str, type[LinearisedObjective]] = {
+    "gauss_newton": GaussNewtonObjective,
+    "prox_linear": ProxLinearObjective,
+}
 RIDGES = (0.0, 0.7)
 
 
@@ -136,7 +146,7 @@ def test_a_subproblem_touches_the_loss_at_the_anchor(case: Case, objective: str,
 def test_gauss_newton_gradient_is_that_of_the_loss_plus_the_curvature_product(case: Case) -> None:
     """J^T (g + H J delta) = grad L + G delta."""
     theta = case.point(list(case.anchor()))
-    found = GaussNewton(case.loss).evaluate(case.model, [theta], case.inputs, case.targets)[0]
+    found = GaussNewtonObjective(case.loss).evaluate(case.model, [theta], case.inputs, case.targets)[0]
     true = TrueLoss(case.loss).evaluate(case.model, [case.anchor()], case.inputs, case.targets)[0]
     product = curvature_product(case.model, case.loss, _delta(case, theta), case.inputs, case.targets)
     assert_all_close(found.gradient, {name: true.gradient[name] + product[name] for name in theta})
@@ -147,8 +157,8 @@ def test_prox_linear_equals_gauss_newton_for_squared_error(ridge: float) -> None
     """A quadratic loss has no higher-order terms to keep."""
     case = regression_case()
     theta = case.point(list(case.anchor()))
-    found = ProxLinear(case.loss, ridge).evaluate(case.model, [theta], case.inputs, case.targets)[0]
-    expected = GaussNewton(case.loss, ridge).evaluate(case.model, [theta], case.inputs, case.targets)[0]
+    found = ProxLinearObjective(case.loss, ridge).evaluate(case.model, [theta], case.inputs, case.targets)[0]
+    expected = GaussNewtonObjective(case.loss, ridge).evaluate(case.model, [theta], case.inputs, case.targets)[0]
     assert_close(found.value, expected.value)
     assert_all_close(found.gradient, expected.gradient)
 
@@ -157,8 +167,8 @@ def test_prox_linear_differs_from_gauss_newton_for_cross_entropy() -> None:
     """Its third-order terms are there: at a distance the gradients part."""
     case = decoder_case()
     theta = case.point(list(case.anchor()), scale=0.5)
-    found = ProxLinear(case.loss).evaluate(case.model, [theta], case.inputs, case.targets)[0]
-    other = GaussNewton(case.loss).evaluate(case.model, [theta], case.inputs, case.targets)[0]
+    found = ProxLinearObjective(case.loss).evaluate(case.model, [theta], case.inputs, case.targets)[0]
+    other = GaussNewtonObjective(case.loss).evaluate(case.model, [theta], case.inputs, case.targets)[0]
     assert (flatten(found.gradient) - flatten(other.gradient)).norm() > 0.1 * flatten(other.gradient).norm()
 
 
@@ -232,7 +242,7 @@ def test_one_newton_step_on_the_objective_is_the_least_squares_solution() -> Non
     case = linear_case()
     curvature = _curvature_matrix(case, ["weight"])
     anchor = case.anchor()
-    gradient = GaussNewton(case.loss).evaluate(case.model, [anchor], case.inputs, case.targets)[0].gradient
+    gradient = GaussNewtonObjective(case.loss).evaluate(case.model, [anchor], case.inputs, case.targets)[0].gradient
     step = -torch.linalg.solve(curvature, flatten(gradient)).reshape(2, 3)
     solution = torch.linalg.lstsq(case.inputs, case.targets).solution.T
     assert_close(anchor["weight"] + step, solution)
@@ -253,15 +263,16 @@ def test_one_evaluation_of_the_decoder_costs_five_forwards_linearised_and_three_
 def test_layerwise_shares_one_primal_pass() -> None:
     case = decoder_case()
     points = _points(case, "layerwise")
-    together = GaussNewton(case.loss).evaluate(case.model, points, case.inputs, case.targets)
-    alone = [GaussNewton(case.loss).evaluate(case.model, [p], case.inputs, case.targets)[0] for p in points]
+    together = GaussNewtonObjective(case.loss).evaluate(case.model, points, case.inputs, case.targets)
+    alone = [GaussNewtonObjective(case.loss).evaluate(case.model, [p], case.inputs, case.targets)[0] for p in points]
     total = sum(e.forward_units for e in together)
     assert total == pytest.approx(sum(e.forward_units for e in alone) - (len(points) - 1), rel=1e-12)
     assert total < 5.0 * len(points)
 
 
 @pytest.mark.parametrize(
-    ("objective", "kind"), [("loss", TrueLoss), ("gauss_newton", GaussNewton), ("prox_linear", ProxLinear)]
+    ("objective", "kind"),
+    [("loss", TrueLoss), ("gauss_newton", GaussNewtonObjective), ("prox_linear", ProxLinearObjective)],
 )
 def test_a_method_names_its_objective(objective: str, kind: type) -> None:
     case = regression_case()

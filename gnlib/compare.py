@@ -1,0 +1,287 @@
+"""An optimiser of your own against the oracle: tuned with a few trials, run beside the shipped records, its ratios.
+
+It takes AdamW's place in a profile: the same start, data, clipping and schedule, the same run length to begin with.
+Apart from the learning rate, what its class has as defaults stays. Steps to the profile's target are counted as in the
+claims, at the profile's outer batch and at a sixteenth of it. Its runs lie in data/runs; no shipped file changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gnlib.config import ConfigError, RunConfig
+from gnlib.files import data_folder, replacing
+from gnlib.optimizers import Solver, imported
+from gnlib.profiles import METHODS, Changes, find_profile, run_config
+from gnlib.record import Record
+from gnlib.results import by_method, crossing, curves, estimate, ratio
+from gnlib.studies import STUDIES, study_configs
+from gnlib.study import StudyError, find, run_study
+from gnlib.tune import SEED, STEPS, WARMUPS, Axis, Trials, entry_of, geometric, ladder, open_fields, search
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXAMPLE = "torch.optim.RMSprop"  # of notebook 10; its runs are shipped
+TRIALS = 4  # a batch size; with one seed, both batches take under 10 minutes on 2 cores in the laptop profile
+WIDTH = 2  # trials at a time; fixed, so that the search does not depend on the machine
+SMALL = 16  # the profile's outer batch over the small one
+RATE, LENGTH, WARMUP = "method.inner.lr", "outer_steps", "method.inner.warmup"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One optimiser at one batch size."""
+
+    path: str
+    profile: str
+    batch: int
+    """Sequences."""
+    axes: list[Axis]
+    trials: Trials
+    records: list[Record]
+    references: list[Record]
+    """Of the paper's methods, at this batch and on these seeds, as far as they exist."""
+    study: str
+    """Where the references are from."""
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.records[0].config.data.sequence_length
+
+
+def compare(
+    path: str,
+    profile: str = "laptop",
+    kwargs: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] | None = None,
+    batches: Sequence[int] | None = None,
+    trials: int = TRIALS,
+    fresh: bool = False,
+    allow_run: bool | None = None,
+    jobs: int | None = None,
+) -> list[Comparison]:
+    """Tune the torch.optim.Optimizer class at an import path and run it on the seeds; a recorded run is not repeated.
+
+    At each batch size (sequences; by default the profile's and a sixteenth of it), `trials` runs at the tuning seed, in
+    pairs, walk the grid of learning rate, run length and warm-up. `kwargs` are arguments of the class; with `lr` the
+    search starts there, not at AdamW's. Seeds: the profile's first by default. `fresh`, `allow_run` and `jobs` as in
+    `study.run_study`. ConfigError, before anything runs, for a path, a class or an argument that cannot be.
+    """
+    start = start_of(path, profile, kwargs or {})
+    sizes = sorted(set(batches or _sizes(profile)), reverse=True)
+    seeds = list(dict.fromkeys(seeds or find_profile(profile).seeds[:1]))
+    if trials < 1 or sizes[-1] < 1:
+        raise ConfigError(f"trials: {trials}, batches: {sizes}; at least 1")
+    for size in sizes:
+        _try_out(_config(profile, scaled(start, size), SEED), path)
+    command = f"gnlib compare {path} --profile {profile}"
+    run = partial(run_study, profile=profile, fresh=fresh, allow_run=allow_run, jobs=jobs, command=command)
+    searches: list[tuple[list[Axis], Trials]] = []
+    finals: list[RunConfig] = []
+    for size in sizes:  # each starts from what was best at the larger one
+        start = scaled(start, size)
+        searches.append(_walk(profile, start, trials, run))
+        start |= entry_of(*searches[-1])["settings"]
+        finals += [_config(profile, start, seed) for seed in seeds]
+    records = run(finals)
+    parts = [records[i : i + len(seeds)] for i in range(0, len(records), len(seeds))]
+    return [
+        Comparison(path, profile, size, *walked, part, *_references(profile, size, seeds, fresh))
+        for size, walked, part in zip(sizes, searches, parts, strict=True)
+    ]
+
+
+def start_of(path: str, profile: str, kwargs: Mapping[str, Any]) -> Changes:
+    """AdamW's settings in the profile, but with the class at `path`, its defaults and `kwargs`, as changes of a run."""
+    kind = imported(path)
+    known = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items() if name != "self"}
+    unknown = [name for name in kwargs if name not in known]
+    if unknown:
+        raise ConfigError(f"kwargs: {kind.__name__} takes no {unknown[0]!r}; allowed: {', '.join(known)}")
+    if "lr" not in known:
+        raise ConfigError(f"{path}: it takes no lr, which is what is tuned")
+    decay, betas = known.get("weight_decay"), known.get("betas")
+    own: dict[str, Any] = {"weight_decay": decay} if isinstance(decay, (int, float)) else {}
+    own |= {"betas": betas} if isinstance(betas, tuple) and len(betas) == 2 else {}  # see optimizers.construct
+    own |= kwargs
+    fields = {name: own.pop(name) for name in ("lr", "weight_decay", "betas") if name in own}
+    adamw = run_config(profile, "adamw", use_tuned=False)
+    start = {
+        "method.inner.optimizer": path,
+        "method.inner.options": own,
+        "outer_batch": adamw.outer_batch,
+        "evaluation.every": adamw.evaluation.every,
+        RATE: adamw.method.inner.lr,
+        LENGTH: adamw.outer_steps,
+        WARMUP: adamw.method.inner.warmup,
+    }
+    return start | {f"method.inner.{name}": value for name, value in fields.items()}
+
+
+def scaled(start: Changes, batch: int) -> Changes:
+    """The same at another batch: the rate by the root of the batches' ratio, the lengths by its inverse."""
+    root = math.sqrt(start["outer_batch"] / batch)
+    lengths = {name: round(start[name] * root) for name in (LENGTH, WARMUP)}
+    every = max(1, round(start["evaluation.every"] * root))
+    return start | lengths | {"outer_batch": batch, RATE: start[RATE] / root, "evaluation.every": every}
+
+
+def _sizes(profile: str) -> tuple[int, int]:
+    whole = run_config(profile, "adamw").outer_batch
+    return whole, max(1, whole // SMALL)
+
+
+def _walk(
+    profile: str, start: Changes, trials: int, run: Callable[[list[RunConfig]], list[Record]]
+) -> tuple[list[Axis], Trials]:
+    """Over learning rate, run length and warm-up; the profile's cap on the length grows as the length itself."""
+    most = find_profile(profile).most_steps[1] * math.sqrt(_sizes(profile)[0] / start["outer_batch"])
+    axes = [
+        geometric(RATE, start[RATE]),
+        ladder(LENGTH, start[LENGTH], STEPS, round(most)),
+        ladder(WARMUP, start[WARMUP], WARMUPS, round(most)),
+    ]
+
+    def config(settings: Changes) -> RunConfig:
+        return _config(profile, start | settings, SEED)
+
+    rounds, width = math.ceil(trials / WIDTH), min(trials, WIDTH)
+    return axes, search(axes, find_profile(profile).target, config, run, rounds=rounds, width=width)
+
+
+def _config(profile: str, changes: Changes, seed: int) -> RunConfig:
+    return run_config(profile, "adamw", seed, changes, use_tuned=False)
+
+
+def _try_out(config: RunConfig, path: str) -> None:
+    """Two steps on a matrix and a vector, so that what cannot work is said before the first run."""
+    parameters = {name: torch.ones(shape, requires_grad=True) for name, shape in (("matrix", (4, 3)), ("vector", (3,)))}
+    try:
+        solver = Solver(parameters, {"matrix"}, config.method.inner)
+        for _ in range(2):
+            solver.step({name: torch.full_like(p, 0.1) for name, p in parameters.items()}, 1.0)
+    except ConfigError:
+        raise
+    except Exception as error:  # of the user's code: anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(f"{path}: a trial step failed with {type(error).__name__}: {reason}") from None
+
+
+def _references(profile: str, batch: int, seeds: Sequence[int], fresh: bool) -> tuple[list[Record], str]:
+    """Records of the paper's methods at this batch, with `fresh` rather those of data/runs, and their study."""
+    study = "iteration_complexity" if batch == _sizes(profile)[0] else "critical_batch_size"
+    wanted = [c for c in study_configs(study, profile, seeds) if c.outer_batch == batch] if study in STUDIES else []
+    pairs = zip(find(wanted, profile, fresh), find(wanted, profile), strict=True)
+    return [record for pair in pairs if (record := pair[0] or pair[1])], study
+
+
+def best_baseline(references: Sequence[Record], target: float) -> str:
+    """Label of the baseline that reaches the target in the fewest steps on average; empty without one."""
+    groups = by_method(references)
+    steps = {"": math.inf}
+    for label in (method.label for method in METHODS.values() if not method.is_gauss_newton):
+        reached = [crossing(record, target) for record in groups.get(label, [])]
+        if reached and not any(c.censored for c in reached):
+            steps[label] = sum(c.steps for c in reached) / len(reached)
+    return min(steps, key=lambda label: steps[label])
+
+
+def table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """Steps to target and their ratio to GN, to layerwise GN and to the best baseline, by batch.
+
+    Mean and 95 % interval over n seeds, ratios paired by seed; `≥` marks lower bounds, from runs that ended above the
+    target; `-`: the reference itself ended above it.
+    """
+    import pandas as pd
+
+    rows = [row for comparison in comparisons for row in _rows(comparison)]
+    return pd.DataFrame(rows).set_index(["batch (tokens)", "reference"])
+
+
+def _rows(comparison: Comparison) -> list[dict[str, Any]]:
+    target, groups = find_profile(comparison.profile).target, by_method(comparison.references)
+    best = best_baseline(comparison.references, target)
+    shown_as = {"GN": "GN", "Layerwise GN": "Layerwise GN", best: f"{best}, best baseline".removeprefix(", ")}
+    rows = []
+    for name, shown in shown_as.items():
+        runs = groups.get(name, [])
+        over = ratio(comparison.records, runs, target, lambda c: c.steps)
+        rows.append(
+            {
+                "batch (tokens)": comparison.tokens,
+                "reference": shown,
+                "steps": _steps(comparison.records, target),
+                "its steps": _steps(runs, target) if runs else "not run",
+                "ratio": str(over),
+                "n": over.n,
+            }
+        )
+    return rows
+
+
+def _steps(records: Sequence[Record], target: float) -> str:
+    reached = [crossing(record, target) for record in records]
+    return str(estimate([c.steps for c in reached], [c.censored for c in reached]))
+
+
+def notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """How each batch was tuned, and what the table lacks."""
+    lines = []
+    for comparison in comparisons:
+        best = entry_of(comparison.axes, comparison.trials)["settings"]
+        beside = open_fields(comparison.axes, comparison.trials)
+        short = {RATE: "lr", LENGTH: "steps", WARMUP: "warm-up"}
+        chosen = ", ".join(f"{short[name]} {value:g}" for name, value in best.items())
+        where = f"not bracketed: {', '.join(short[name] for name in beside)}" if beside else "interior"
+        lines.append(f"batch of {comparison.tokens} tokens: {chosen}; best of {len(comparison.trials)} trials, {where}")
+        texts = {r.config.data.fingerprint for r in [*comparison.records, *comparison.references]}
+        if len(texts) > 1:
+            lines.append("  the references were run on another text (of another Python version); see --fresh")
+        if not comparison.references:
+            command = f"gnlib study {comparison.study} --profile {comparison.profile}"
+            lines.append(f"  the references are not run at this batch; run: {command}")
+    return lines
+
+
+def figure_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """Loss curves of the optimiser and of all its references (`results.curves`)."""
+    return curves([record for c in comparisons for record in [*c.records, *c.references]])
+
+
+def save(comparisons: Sequence[Comparison]) -> Path:
+    """Write data/compare/<import path>/<profile>.png, .pdf, .csv and .json (trials and ratios); returns the folder."""
+    from gnlib import plots
+
+    first = comparisons[0]
+    shown = figure_table(comparisons)
+    target = find_profile(first.profile).target
+    figure = plots.curves_by_batch(shown, target, f"{first.path}, {first.profile} profile")
+    folder = data_folder() / "compare" / first.path
+    plots.save(figure, shown, first.profile, first.profile, folder)
+    report = {
+        "ratios": table(comparisons).reset_index().to_dict("records"),
+        "tuning": {c.tokens: entry_of(c.axes, c.trials) for c in comparisons},
+    }
+    with replacing(folder / f"{first.profile}.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return folder
+
+
+def example_runs(profile: str) -> set[str]:
+    """Names (`recipe_id`) of all runs of the shipped example on the profile's seeds; none before they are complete."""
+    try:
+        comparisons = compare(EXAMPLE, profile, seeds=find_profile(profile).seeds, allow_run=False)
+    except StudyError:
+        return set()
+    trials = {config.recipe_id for c in comparisons for _, config in c.trials.values()}
+    return trials | {record.config.recipe_id for c in comparisons for record in c.records}
