@@ -190,12 +190,19 @@ def _launch(config: RunConfig, slot: int, keep_weights: bool) -> _Job:
     command += ["--keep-weights"] if keep_weights else []
     environment = os.environ | {"OMP_NUM_THREADS": str(config.compute.threads), "GNLIB_HOME": str(home())}
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+        environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot)
     log = folder / "log.txt"
     with open(log, "wb") as file:
         process = _spawn(command, environment, file)
     bar = tqdm(total=config.outer_steps, desc=describe(config), unit="step", position=slot + 1, leave=False)
     return _Job(config, process, log, bar)
+
+
+def _gpu(slot: int) -> str:
+    """The GPUs that this process may see, in turn; their numbers are the machine's, not this process's."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    return names[slot % len(names)]
 
 
 def _spawn(command: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -275,3 +275,14 @@ def test_an_unknown_study_or_profile_is_refused_in_one_line() -> None:
     for name, profile in (("no_study", "tiny"), ("iteration_complexity", "no_profile")):
         with pytest.raises(ConfigError, match=r"'no_\w+'; allowed: .*(iteration_complexity|tiny)"):
             studies.study_configs(name, profile)
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, ["0", "1", "0"]), ("3", ["3"] * 3), ("5,7", ["5", "7", "5"])])
+def test_runs_are_dealt_out_over_the_gpus_that_this_process_may_see(
+    visible: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [study._gpu(slot) for slot in range(3)] == expected

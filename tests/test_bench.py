@@ -1,0 +1,93 @@
+"""The benchmark's rows: what they say of themselves, and that it refuses what it does not know."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gnlib.bench import METHODS, as_text, bench, matmul_rate, random_batch, timed
+from gnlib.cli import app
+from gnlib.config import ConfigError
+from gnlib.profiles import run_config
+
+KEYS = {"size", "method", "precision", "device", "ms", "tokens_per_s", "peak_gib", "ratio_to_standard", "n"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, object]]:
+    return bench(["tiny"], ["fp32"], steps=2)
+
+
+def test_every_method_has_a_row_with_what_was_promised(rows: list[dict[str, object]]) -> None:
+    assert [row["method"] for row in rows] == list(METHODS)
+    assert all(row.keys() >= KEYS for row in rows)
+    json.dumps(rows)
+
+
+def test_ratios_are_to_the_standard_step_which_is_timed_twice(rows: list[dict[str, object]]) -> None:
+    standard = rows[0]
+    assert standard["ratio_to_standard"] == 1.0 and standard["n"] == 4
+    for row in rows[1:]:
+        assert row["n"] == 2
+        assert row["ratio_to_standard"] == pytest.approx(row["ms"] / standard["ms"], rel=0.02)  # type: ignore[operator]
+
+
+def test_flops_are_those_of_the_layers(rows: list[dict[str, object]]) -> None:
+    """A standard step is 3 forwards, a Gauss-Newton inner step 5, the loss 1; layerwise is between 5 and all layers."""
+    tflop = {str(row["method"]): float(row["tflop"]) for row in rows}  # type: ignore[arg-type]
+    assert tflop["standard"] == pytest.approx(3 * tflop["forward"], rel=0.2)  # rounded to 1e-6
+    assert tflop["gn"] == tflop["prox_linear"] > tflop["standard"]
+    assert tflop["layerwise"] > tflop["gn"]
+
+
+def test_the_parts_of_a_gauss_newton_step_are_those_of_one_gradient(rows: list[dict[str, object]]) -> None:
+    (parts,) = [row["parts"] for row in rows if "parts" in row]
+    assert list(parts) == ["primal", "tangent", "head and loss", "pullback", "optimiser"]  # type: ignore[call-overload]
+
+
+def test_a_row_is_one_line_under_the_heading(rows: list[dict[str, object]]) -> None:
+    assert all("\n" not in as_text(row) and len(as_text(row)) == len(as_text(None)) for row in rows)
+
+
+def test_time_is_measured_on_random_tokens() -> None:
+    batch = random_batch(run_config("tiny", "adamw"), 4, CPU)
+    assert batch.inputs.shape == batch.targets.shape == (4, 16)
+    assert len(batch.inputs.unique()) > 20 and not torch.equal(batch.inputs, batch.targets)
+
+
+def test_every_timed_step_has_a_time_and_the_warm_up_has_none() -> None:
+    calls: list[int] = []
+    assert len(timed(lambda: calls.append(1), 3, CPU)) == 3
+    assert len(calls) > 3
+
+
+def test_the_rate_of_a_matrix_product_leaves_the_precision_as_it_was() -> None:
+    before = torch.get_float32_matmul_precision()
+    assert matmul_rate("tf32", CPU) > 0
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    ("sizes", "precisions", "methods", "steps", "message"),
+    [
+        (["huge"], ["fp32"], ["gn"], 1, "size: no size 'huge'; allowed: tiny, laptop"),
+        (["tiny"], ["fp8"], ["gn"], 1, "precision: no precision 'fp8'; allowed: fp32, tf32, bf16"),
+        (["tiny"], ["fp32"], ["newton"], 1, "method: no method 'newton'; allowed: standard, gn"),
+        (["tiny"], ["fp32"], ["gn"], 0, "steps: 0; at least 1"),
+    ],
+)
+def test_an_unknown_name_is_one_line(
+    sizes: list[str], precisions: list[str], methods: list[str], steps: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench(sizes, precisions, methods, steps)
+
+
+def test_the_command_writes_its_rows_as_json(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    app.cli(prog="gnlib", args=["bench", "--size", "tiny", "--methods", "forward", "--steps", "1", "--json", str(file)])
+    assert [row["method"] for row in json.loads(file.read_text())] == ["standard", "forward"]
