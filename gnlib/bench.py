@@ -7,12 +7,13 @@ All methods of a size are measured in one process, on random tokens and random w
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,11 @@ from gnlib.model import Decoder
 from gnlib.objective import LinearisedObjective
 from gnlib.outer_step import OuterStep, Purpose
 from gnlib.precision import matmul_precision
-from gnlib.profiles import Changes, run_config
+from gnlib.profiles import Changes, records_folder, run_config
 from gnlib.record import environment
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _PAPER = {"data.vocabulary": 32_000}
 SIZES: dict[str, tuple[str, int, Changes]] = {
@@ -157,6 +161,12 @@ class _Run:
         return loss
 
 
+def shipped(profile: str) -> list[dict[str, Any]]:
+    """The rows measured on the profile's machine (data/records/<profile>/bench.json); none if it was not."""
+    path = records_folder(profile) / "bench.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def random_batch(config: RunConfig, sequences: int, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(0)
     shape = (2, sequences, config.data.sequence_length)
@@ -234,7 +244,7 @@ def _parts(outer: OuterStep, batch: Batch, total: float, steps: int) -> dict[str
 
 def _versions(device: torch.device) -> dict[str, Any]:
     found = environment(device)
-    return {name: found[name] for name in ("torch", "python", "revision") if name in found}
+    return {name: found[name] for name in ("torch", "python", "gnlib")}
 
 
 def _device_name(device: torch.device) -> str:
@@ -249,6 +259,14 @@ def _synchronise(device: torch.device) -> None:
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+
+
+def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row per size, precision and method: what a step takes, and its share of the matrix-product ceiling."""
+    import pandas as pd
+
+    columns = ["ms", "tokens_per_s", "peak_gib", "ratio_to_standard", "ceiling", "first_call_s", "n"]
+    return pd.DataFrame(rows).set_index(["size", "precision", "method"])[columns]
 
 
 def as_text(row: dict[str, Any] | None) -> str:

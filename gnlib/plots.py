@@ -215,6 +215,30 @@ def curves_by_batch(curves: pd.DataFrame, target: float, title: str = "") -> Fig
     return figure
 
 
+def step_parts(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Milliseconds of a standard step beside the parts of a Gauss-Newton inner step (`bench.bench`), a pair a size."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    measured = [row for row in rows if "parts" in row]
+    standard = {(row["size"], row["precision"]): row["ms"] for row in rows if row["method"] == "standard"}
+    with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
+        figure, axes = plt.subplots(figsize=(WIDTH, 1.1 + 0.9 * len(measured)), layout="constrained")
+        names = [f"{row['size']}, {row['precision']}" for row in measured]
+        whole = [standard[row["size"], row["precision"]] for row in measured]
+        axes.barh([f"standard, {name}" for name in names], whole, color="0.6")
+        left = [0.0] * len(measured)
+        for part, colour in zip(measured[0]["parts"], sns.color_palette("colorblind"), strict=False):
+            width = [row["parts"][part] for row in measured]
+            axes.barh([f"GN, {name}" for name in names], width, left=left, color=colour, label=part)
+            left = [before + ms for before, ms in zip(left, width, strict=True)]
+        axes.invert_yaxis()
+        axes.set(xlabel="Milliseconds a step")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    plt.close(figure)
+    return figure
+
+
 def save(figure: Figure, table: pd.DataFrame, profile: str, stem: str, folder: Path | None = None) -> Path:
     """Write figures/<profile>/<stem>.png, .pdf and .csv (the table behind the figure), or into `folder`; returns it."""
     folder = folder or home() / "figures" / profile

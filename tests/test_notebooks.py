@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gnlib import compare, readme, results
+from gnlib import bench, compare, readme, results
 from gnlib.files import home
 from gnlib.profiles import find_profile
 from gnlib.record import Record
@@ -80,7 +80,7 @@ def test_no_trace_of_one_execution_is_left(path: Path) -> None:
     assert not any({"papermill", "execution"} & cell["metadata"].keys() for cell in notebook["cells"])
 
 
-RUNNING = [path for path in NOTEBOOKS if not path.stem.startswith("00")]  # 00 has no runs
+RUNNING = [path for path in NOTEBOOKS if not path.stem.startswith(("00", "12"))]  # these have no runs
 SMALLER: dict[str, dict[str, Any]] = {
     "10_your_own_optimizer": {"methods": ["gauss_newton", "adamw"], "batches": [64], "trials": 1},
     "11_learning_rates": {"methods": ["adamw"]},
@@ -141,6 +141,11 @@ def test_the_table_of_the_example_optimiser_is_that_of_the_shipped_records() -> 
     found = compare.figure_table(compare.compare(compare.EXAMPLE, "laptop", seeds=seeds, allow_run=False))
     csv = found.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     assert csv == committed("laptop", "10_your_own_optimizer")
+
+
+def test_the_table_of_what_a_step_costs_is_that_of_the_shipped_measurement() -> None:
+    found = bench.table(bench.shipped("h200")).reset_index()
+    assert found.to_csv(index=False, float_format="%.6g", lineterminator="\n") == committed("h200", "12_step_cost")
 
 
 def committed(profile: str, stem: str) -> str:
