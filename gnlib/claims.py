@@ -157,6 +157,14 @@ QUESTIONS = (
         "prox_linear",
         at_most=1.1,
     ),
+    _steps_claim(
+        "A finer partition loses more: per-matrix GN needs at least the steps of layerwise GN",
+        "left open",
+        "layerwise",
+        "matrixwise",
+        "layerwise",
+        at_least=1.0,
+    ),
     Question(
         "No other schedule beats the global cosine by more than 5 % at the middle batch",
         "global cosine best overall",
