@@ -30,21 +30,11 @@ def step_ratio(method: str, reference: str = "gauss_newton") -> Measure:
     return lambda groups, target: ratio(_named(groups, method), _named(groups, reference), target, _steps)
 
 
-def _best_ratio(names: Sequence[str], groups: Groups, target: float) -> Estimate:
-    """Steps of the one that is fastest on average, over Gauss-Newton's; a diverged one is never it."""
-    sound = [name for name in names if all(r.status == "finished" for r in _named(groups, name))]
+def best_baseline_ratio(groups: Groups, target: float) -> Estimate:
+    """Steps to target of the baseline that is fastest on average, over Gauss-Newton's; a diverged one is never it."""
+    sound = [name for name in BASELINES if all(r.status == "finished" for r in _named(groups, name))]
     ratios = [step_ratio(name)(groups, target) for name in sound] or [Estimate(math.nan, None, 0)]
     return min(ratios, key=lambda r: math.inf if math.isnan(r.mean) else r.mean)
-
-
-def best_baseline_ratio(groups: Groups, target: float) -> Estimate:
-    """Steps to target of the best baseline over Gauss-Newton's."""
-    return _best_ratio(BASELINES, groups, target)
-
-
-def best_searching_ratio(groups: Groups, target: float) -> Estimate:
-    """The same for the baselines with a line search."""
-    return _best_ratio([f"{name}_search" for name in BASELINES], groups, target)
 
 
 def early_lead(groups: Groups, target: float) -> Estimate:

@@ -21,7 +21,8 @@ def updated() -> str:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ConfigError(f"README.md: the markers {BEGIN} and {END} are missing")
-    shipped = [name for name in reversed(PROFILES) if any(records_folder(name).glob("*.jsonl"))]
+    shown = [name for name in reversed(PROFILES) if PROFILES[name].shows_claims]
+    shipped = [name for name in shown if any(records_folder(name).glob("*.jsonl"))]
     return f"{before}{BEGIN}\n{as_markdown(shipped)}\n{END}{after}"
 
 

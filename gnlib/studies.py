@@ -51,7 +51,8 @@ STUDIES: dict[str, Study] = {
             "search_on_all",
             "search_on_16th",
             "cold_start",
-            *(f"{name}{search}" for name in _BASELINES for search in ("", "_search")),
+            "muon",
+            "muon_search",
         )
     ),
     "inner_solver": Study(

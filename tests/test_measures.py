@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from test_results import falling, made
+from test_results import made
 
 from gnlib import measures
 from gnlib.measures import Groups
@@ -83,12 +83,3 @@ def test_the_best_other_schedule_is_compared_at_the_middle_and_at_the_largest_ba
     ]
     found = [measures.best_schedule_ratio(at)(by_method(records), TARGET) for at in ("middle", "largest")]
     assert [estimate.mean for estimate in found] == [pytest.approx(5 / 4), pytest.approx(1 / 2)]
-
-
-def test_the_best_searching_baseline_is_never_a_diverged_one() -> None:
-    records = [falling("gauss_newton", 2, 1)]
-    for name, reached in (("muon", 6), ("soap", 4), ("adamw", 8)):
-        record = falling(name, reached, 1)
-        record.label, record.status = find_setting(f"{name}_search").label, "diverged" if name == "soap" else "finished"
-        records.append(record)
-    assert measures.best_searching_ratio(by_method(records), TARGET).mean == pytest.approx(3.0)

@@ -40,8 +40,10 @@ FIGURES: dict[str, tuple[str, Table]] = {  # notebook -> study, table
     "08_inner_solver": ("inner_solver", curves),
     "09_stateless_optimizers": ("stateless", curves),
 }
+WITHOUT_LAPTOP = ["02_critical_batch_size", "03_fixed_budget", "06_schedules"]  # and so on tiny
 DRAWN: dict[str, dict[str, list[str] | None]] = {  # profile -> notebook -> methods; None is all
-    "laptop": dict.fromkeys(FIGURES),
+    "laptop": {stem: None for stem in FIGURES if stem not in WITHOUT_LAPTOP},
+    "tiny": dict.fromkeys(WITHOUT_LAPTOP),
     "h200": {"01_iteration_complexity": ["gauss_newton", "prox_linear", "muon", "soap", "adamw"]},
 }
 
@@ -115,7 +117,8 @@ def test_without_one_of_its_records_a_notebook_fails_in_ci_with_the_command_to_r
     stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, study = next(path for path in NOTEBOOKS if path.stem == stem), FIGURES[stem][0]
-    needed = study_configs(study, "laptop")[-1].recipe_id
+    profile = "tiny" if stem in WITHOUT_LAPTOP else "laptop"
+    needed = study_configs(study, profile)[-1].recipe_id
     shutil.copytree(home() / "data" / "records", tmp_path / "data" / "records")
     monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
     monkeypatch.delenv("GNLIB_DATA", raising=False)
@@ -123,8 +126,8 @@ def test_without_one_of_its_records_a_notebook_fails_in_ci_with_the_command_to_r
     names: dict[str, object] = {}
     exec(cell(path, "parameters") + "\n" + cell(path, "imports"), names)
     exec(cell(path, "study"), names)  # all there
-    (tmp_path / "data" / "records" / "laptop" / f"{needed}.jsonl").unlink()
-    with pytest.raises(StudyError, match=f"1 of .* missing.*{needed}.*; run: gnlib study {study} --profile laptop"):
+    (tmp_path / "data" / "records" / profile / f"{needed}.jsonl").unlink()
+    with pytest.raises(StudyError, match=f"1 of .* missing.*{needed}.*; run: gnlib study {study} --profile {profile}"):
         exec(cell(path, "study"), names)
 
 
