@@ -90,9 +90,9 @@ def _steps_claim(
 
 
 def _tokens_claim(claim: str, paper: str, method: str, **bound: float) -> Question:
-    """A claim about the tokens of a method to Adam's final loss (arXiv 2502.06742, 2412.13148)."""
-    measure = tokens_to_final_loss(method, "adam")
-    return Question(claim, paper, "tokens / Adam's", "stateless", (method, "adam"), measure, **bound)
+    """A claim about the tokens of a method to Adam's final loss (arXiv 2502.06742, 2412.13148), here AdamW's."""
+    measure = tokens_to_final_loss(method, "adamw")
+    return Question(claim, paper, "tokens / AdamW's", "stateless", (method, "adamw"), measure, **bound)
 
 
 _STEPS = "iteration_complexity"
@@ -206,8 +206,8 @@ QUESTIONS = (
         at_least=1.05,
     ),
     Question("A GN inner step costs about 1.5x a standard step", "1.5", "time ratio", "bench"),
-    _tokens_claim("SinkGD has Adam's final loss with at most 60 % of its tokens", "0.4", "sinkgd", at_most=0.6),
-    _tokens_claim("SWAN has Adam's final loss with at most 75 % of its tokens", "0.5", "swan", at_most=0.75),
+    _tokens_claim("SinkGD has AdamW's final loss with at most 60 % of its tokens", "0.4", "sinkgd", at_most=0.6),
+    _tokens_claim("SWAN has AdamW's final loss with at most 75 % of its tokens", "0.5", "swan", at_most=0.75),
 )
 
 

@@ -47,7 +47,7 @@ def test_state_counted_by_shapes_is_that_of_a_run(method: str) -> None:
 
 def test_the_summary_has_a_row_a_method_with_its_state() -> None:
     runs = [made(name, [6.0, 5.0, 4.0], seed) for name in ("adam", "sgd", "sinkgd_stateless") for seed in (1, 2)]
-    table = summary(runs)
+    table = summary(runs, reference="adam")
     assert list(table.index) == ["Adam", "SGD", "SinkGD, stateless"]
     assert list(table["n"]) == [2, 2, 2] and list(table["final loss"]) == ["4.00 ± 0.00"] * 3
     assert list(table["state / parameters"]) == [2.0, 1.0, 0.0]
