@@ -7,6 +7,7 @@ import torch
 from cases import ListStream
 from test_results import made
 
+from gnlib import plots
 from gnlib.losses import CrossEntropy
 from gnlib.model import Decoder
 from gnlib.outer_step import OuterStep
@@ -59,3 +60,5 @@ def test_step_times_are_a_table_of_methods_by_sizes() -> None:
     times = step_times(["sgd", "sinkgd"], [4, 8], steps=1)
     assert list(times.index) == ["SGD", "SinkGD"] and list(times.columns) == [4, 8]
     assert (times > 0).all().all()
+    (axes,) = plots.step_times(times).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["SGD", "SinkGD"]
