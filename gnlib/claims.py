@@ -102,9 +102,9 @@ def _steps_claim(
 
 
 def _tokens_claim(claim: str, paper: str, method: str, **bound: float) -> Question:
-    """A claim about the tokens of a method to Adam's final loss (arXiv 2502.06742, 2412.13148)."""
-    measure = tokens_to_final_loss(method, "adam")
-    return Question(claim, paper, "tokens / Adam's", "stateless", (method, "adam"), measure, **bound)
+    """A claim about the tokens of a method to Adam's final loss (arXiv 2502.06742, 2412.13148), here AdamW's."""
+    measure = tokens_to_final_loss(method, "adamw")
+    return Question(claim, paper, "tokens / AdamW's", "stateless", (method, "adamw"), measure, **bound)
 
 
 _STEPS = "iteration_complexity"
@@ -230,8 +230,8 @@ QUESTIONS = (
         "bench",
         at_most=1.75,
     ),
-    _tokens_claim("SinkGD has Adam's final loss with at most 60 % of its tokens", "0.4", "sinkgd", at_most=0.6),
-    _tokens_claim("SWAN has Adam's final loss with at most 75 % of its tokens", "0.5", "swan", at_most=0.75),
+    _tokens_claim("SinkGD has AdamW's final loss with at most 60 % of its tokens", "0.4", "sinkgd", at_most=0.6),
+    _tokens_claim("SWAN has AdamW's final loss with at most 75 % of its tokens", "0.5", "swan", at_most=0.75),
 )
 
 

@@ -177,18 +177,12 @@ def rates_by_batch(trials: pd.DataFrame, title: str = "") -> Figure:
 
 def step_times(times: pd.DataFrame) -> Figure:
     """Milliseconds of one step against the size of a square matrix, one line a method (`stateless.step_times`)."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
-        figure, axes = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    with _figure("One step on one matrix", "this machine, fp32", height=3.4) as (figure, axes):
         for name, row in times.iterrows():
-            axes.plot(times.columns, row, color=colours()[str(name)], label=name, marker="o", markersize=3)
-        axes.set(xlabel="n, of an n x n matrix", ylabel="Milliseconds a step", xscale="log", yscale="log")
+            axes.plot(times.columns, row, label=name, marker="o", markersize=3, **styles()[str(name)])
+        axes.set(xlabel="n, of an n x n matrix", ylabel="Milliseconds", xscale="log", yscale="log")
         axes.set_xticks(list(times.columns), [str(size) for size in times.columns])
         axes.minorticks_off()
-        figure.legend(loc="outside lower center", ncols=5, frameon=False)
-    plt.close(figure)  # the notebook shows the returned figure once
     return figure
 
 

@@ -43,7 +43,7 @@ def _tokens_ratio(runs: Sequence[Record], reference: Sequence[Record]) -> Estima
     return estimate([reached.tokens / end["tokens_train"] for reached, end in pairs], [r.censored for r, _ in pairs])
 
 
-def summary(records: Sequence[Record], reference: str = "adam") -> pd.DataFrame:
+def summary(records: Sequence[Record], reference: str = "adamw") -> pd.DataFrame:
     """Per method: final loss, tokens to the reference's final loss as a share of its tokens, bytes of state."""
     import pandas as pd
 

@@ -7,6 +7,7 @@ import torch
 from cases import ListStream
 from test_results import made
 
+from gnlib import plots
 from gnlib.losses import CrossEntropy
 from gnlib.model import Decoder
 from gnlib.outer_step import OuterStep
@@ -47,7 +48,7 @@ def test_state_counted_by_shapes_is_that_of_a_run(method: str) -> None:
 
 def test_the_summary_has_a_row_a_method_with_its_state() -> None:
     runs = [made(name, [6.0, 5.0, 4.0], seed) for name in ("adam", "sgd", "sinkgd_stateless") for seed in (1, 2)]
-    table = summary(runs)
+    table = summary(runs, reference="adam")
     assert list(table.index) == ["Adam", "SGD", "SinkGD, stateless"]
     assert list(table["n"]) == [2, 2, 2] and list(table["final loss"]) == ["4.00 ± 0.00"] * 3
     assert list(table["state / parameters"]) == [2.0, 1.0, 0.0]
@@ -59,3 +60,5 @@ def test_step_times_are_a_table_of_methods_by_sizes() -> None:
     times = step_times(["sgd", "sinkgd"], [4, 8], steps=1)
     assert list(times.index) == ["SGD", "SinkGD"] and list(times.columns) == [4, 8]
     assert (times > 0).all().all()
+    (axes,) = plots.step_times(times).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["SGD", "SinkGD"]
