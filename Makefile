@@ -31,7 +31,7 @@ export IPYTHONDIR = $(abspath $(VENV))/state/ipython
 export MPLCONFIGDIR = $(abspath $(VENV))/state/matplotlib
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: help setup reproduce reproduce-all figures notebooks tune test lint clean-runs
+.PHONY: help setup reproduce reproduce-all figures notebooks tune test test-gpu bench lint clean-runs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +81,12 @@ test: export CI = true
 test: export OMP_NUM_THREADS = 1
 test: setup lint ## lint, then tests and notebooks; nothing is trained beyond tiny models
 	$(PYTEST) tests notebooks
+
+test-gpu: setup ## the tests that need a CUDA device, and nothing else
+	$(BIN)/pytest -m gpu tests
+
+bench: setup ## time of every method's step on this machine, beside a standard one
+	$(GNLIB) bench
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
