@@ -39,7 +39,8 @@ OTHER_VALUES: dict[str, Any] = {
     "method.line_search": LineSearchConfig(), "method.line_search.candidates": 4, "method.line_search.zero": False,
     "method.line_search.fraction": 0.5,
     "outer_steps": 3, "outer_batch": 512, "evaluation.every": 2, "evaluation.sequences": 16,
-    "evaluation.average": 0.9, "compute.precision": "fp64", "compute.compile": True, "compute.micro_batch": 8,
+    "evaluation.average": 0.9, "evaluation.stop_below": 3.0,
+    "compute.precision": "fp64", "compute.compile": True, "compute.micro_batch": 8,
     "compute.threads": 2, "seed": 1,
     "compute.deterministic": True,
 }
