@@ -16,7 +16,7 @@ from gnlib.profiles import find_profile, tuning
 from gnlib.results import Estimate, by_method
 from gnlib.stateless import tokens_to_final_loss
 from gnlib.studies import STUDIES, present_records, study_runs
-from gnlib.study import StudyError
+from gnlib.study import of_one_text
 from gnlib.variants import find_setting, key
 
 NOT_RUN = "not run"
@@ -63,8 +63,7 @@ class Question:
         present = present_records(self.study, profile, seeds, self.methods, fresh)
         if present is None:
             return unanswered
-        if len({record.config.data.fingerprint for record in present}) > 1:
-            raise StudyError(f"{self.study}, profile {profile}: its records come from different texts; see --fresh")
+        of_one_text(present, f"{self.study}, profile {profile}")
         found = self.measure(by_method(present), find_profile(profile).target)
         keys = {key(profile, run.setting) for run in study_runs(self.study, profile, seeds, self.methods)}
         mark = "" if all(tuning(profile, name).get("interior") for name in keys) else f" {NOT_INTERIOR}"

@@ -51,6 +51,17 @@ def _ended(profile: str, fresh: bool = False) -> Iterable[Record]:
     return (record for folder in folders for record in load_folder(folder) if record.ended)
 
 
+def of_one_text(records: list[Record], what: str) -> list[Record]:
+    """The records, or StudyError if they were not all run on the same text: their losses cannot be compared.
+
+    CPython's docstrings differ between its versions, and a recipe does not name the version.
+    """
+    texts = sorted({str(record.config.data.fingerprint) for record in records})
+    if len(texts) > 1:
+        raise StudyError(f"{what}: its records come from different texts ({', '.join(texts)}); see --fresh")
+    return records
+
+
 def load_folder(folder: Path) -> Iterable[Record]:
     """All records below a folder, of run folders and shipped ones alike; unreadable ones are skipped with a warning."""
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*/record.jsonl")]):
@@ -94,7 +105,7 @@ def run_study(
         execute(missing, jobs, executor=executor)
     found = find(configs, profile, fresh)
     assert all(record is not None for record in found)
-    return [record for record in found if record is not None]
+    return of_one_text([record for record in found if record is not None], f"profile {profile}")
 
 
 def expected(configs: Sequence[RunConfig], profile: str, jobs: int | None = None) -> str:

@@ -21,7 +21,7 @@ from gnlib.optimizers import find as optimizer
 from gnlib.profiles import Changes, find_profile, records_folder, tuning
 from gnlib.record import Record
 from gnlib.results import crossing
-from gnlib.study import StudyError, find, run_study
+from gnlib.study import StudyError, find, of_one_text, run_study
 from gnlib.variants import Setting, find_setting, key, most_steps, setting_config, tunable
 
 SEED = 0  # never one of the seeds that results are reported on
@@ -130,6 +130,7 @@ def search(
     What is `known` is walked first. A round then runs the best setting's untried neighbours, all or the first `width`.
     """
     trials: Trials = {}
+    seen: list[Record] = []
     best: Point = (0,) * len(axes)
     while rounds:
         untried = {
@@ -145,6 +146,7 @@ def search(
             rounds -= 1
         if not records:
             break
+        seen += of_one_text([*seen, *records.values()], "tuning")[len(seen) :]
         trials |= {point: (score(record, target), record.config) for point, record in records.items()}
         best = _best(trials)
     return trials

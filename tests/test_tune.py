@@ -341,3 +341,21 @@ def test_what_is_not_tuned_yet_is_tuned_or_named_where_nothing_may_run(monkeypat
     monkeypatch.delenv("CI")
     ensure_tuned("laptop", settings, allow_run=True)
     assert {config.outer_batch for round in runs.rounds[before:] for config in round} == {512}
+
+
+def test_trials_on_different_texts_are_refused_and_nothing_is_written(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another Python version, whose docstrings are others: the better score may be the easier text's."""
+    runs = Runs(lambda config: 10.0)
+
+    def on_two_texts(configs: Sequence[RunConfig], profile: str, **_: Any) -> list[Record]:
+        records = runs(configs, profile)
+        for index, record in enumerate(records):
+            record.config = record.config.replace({"data.fingerprint": f"{index % 2:016d}"})
+        return records
+
+    monkeypatch.setattr(tuning, "run_study", on_two_texts)
+    with pytest.raises(StudyError, match="tuning: its records come from different texts"):
+        tune("laptop", "adamw")
+    assert not (home / "data" / "records" / "laptop" / "tuned.json").exists()
