@@ -39,15 +39,13 @@ class CrossEntropy:
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         p = _wide(z).softmax(-1)
-        chosen = y.unsqueeze(-1) == torch.arange(
-            z.shape[-1], device=z.device
-        )  # compiles into one kernel, a scatter not
-        return (p - chosen.to(p.dtype)) / y.numel()
+        minus_one = torch.full_like(p[..., :1], -1.0)
+        return p.scatter_add_(-1, y.unsqueeze(-1), minus_one).div_(y.numel())  # in place: [tokens, V] is large
 
     def hessian_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
         p = _wide(z).softmax(-1)
         pv = p * v
-        return (pv - p * pv.sum(-1, keepdim=True)) / y.numel()
+        return pv.addcmul_(p, pv.sum(-1, keepdim=True), value=-1).div_(y.numel())
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Targets drawn from the model, y ~ softmax(z): [..., V] -> [...]; `generator` is of the CPU."""

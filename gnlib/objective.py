@@ -109,7 +109,7 @@ class GaussNewtonObjective(LinearisedObjective):
         if _has_kernel(self.loss, z):
             return cross_entropy_expansion(z, y, v, prox=False)
         loss, g, hv = self.loss.value(z, y), self.loss.gradient(z, y), self.loss.hessian_product(z, y, v)
-        return loss, loss + ((g + 0.5 * hv) * v).sum(), g + hv
+        return loss, loss + (torch.add(g, hv, alpha=0.5) * v).sum(), g + hv
 
 
 class ProxLinearObjective(LinearisedObjective):
