@@ -10,7 +10,6 @@ Several changes (the blocks of layerwise Gauss-Newton) share z.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gnlib.losses import ConvexLoss
+from gnlib.precision import compiled_once
 
 CHUNK_ELEMENTS = 2**28
 """Of a [tokens, vocabulary] tensor: 512 MiB in bf16, large enough for full speed on an H200."""
@@ -73,7 +73,7 @@ def _tangent_product(x: Tensor, weight: Tensor, change: Change) -> tuple[Tensor,
 
 def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: ConvexLoss, compiled: bool = False) -> Tensor:
     """L(x W^T, targets) for features x [T, D], without a graph."""
-    run = _compiled(_value) if compiled else _value
+    run = compiled_once(_value) if compiled else _value
     weight = _cast(weight)
     parts = [run(x[rows], weight, targets[rows], loss) * share for rows, share in _chunks(len(x), len(weight))]
     return torch.stack(parts).sum()
@@ -123,8 +123,3 @@ def _cast(tensor: Tensor | None) -> Any:
     if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-@cache
-def _compiled(rule: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(rule)

@@ -9,9 +9,8 @@ nn.Module, `torch.func.jvp`; the second is the readable reference that the tests
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gnlib import head, tangents
 from gnlib.head import Expansion
 from gnlib.model import Block, Decoder
+from gnlib.precision import compiled_once
 
 Parameters = Mapping[str, Tensor]
 
@@ -96,8 +96,8 @@ class DecoderLinearisation(Linearisation):
 
     def __init__(self, model: Decoder, inputs: Tensor, compiled: bool = False) -> None:
         self.model, self.inputs, self.compiled = model, inputs, compiled
-        primal = _compiled(Block.primal) if compiled else Block.primal
-        self.block_tangent = _compiled(tangents.block) if compiled else tangents.block
+        primal = compiled_once(Block.primal) if compiled else Block.primal
+        self.block_tangent = compiled_once(tangents.block) if compiled else tangents.block
         self.rotation = model.rotation[:, : inputs.shape[1]]
         self.tapes = []
         x = model.embedding(inputs)
@@ -167,10 +167,3 @@ class DecoderLinearisation(Linearisation):
             moved = changed[index] + (index > first)  # products with dW, products with dx
             units += 2 * moved * flops[index]
         return units / sum(flops)
-
-
-@cache
-def _compiled(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """One compilation serves all blocks, whose shapes are equal."""
-    torch._functorch.config.donated_buffer = False  # several pullbacks may go through one graph
-    return torch.compile(rule)

@@ -1,8 +1,14 @@
-"""Precision of matrix products. Parameters, optimiser states, norms, softmax and losses stay in fp32 (or fp64)."""
+"""How the arithmetic is done: compiled or not, and the precision of matrix products.
+
+Parameters, optimiser states, norms, softmax and losses stay in fp32 (or fp64).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -13,3 +19,10 @@ def matmul_precision(compute: ComputeConfig, device: torch.device) -> AbstractCo
     """The context for forward passes and their derivatives; optimisers stay outside it, in full precision."""
     torch.set_float32_matmul_precision("high" if compute.precision == "tf32" else "highest")
     return torch.autocast(device.type, torch.bfloat16) if compute.precision == "bf16" else nullcontext()
+
+
+@cache
+def compiled_once(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of a function that serves all its callers, such as blocks of equal shapes."""
+    torch._functorch.config.donated_buffer = False  # several pullbacks may go through one graph
+    return torch.compile(rule)
