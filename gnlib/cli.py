@@ -24,6 +24,7 @@ from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import METHODS, MORE_METHODS, PROFILES, find_profile, run_config, tuning
 from gnlib.studies import study_configs, tuned_settings
 from gnlib.study import StudyError, describe, expected, find, run_study, show_row
+from gnlib.sweep import sweep as sweep_studies
 from gnlib.train import run_folder
 from gnlib.train import train as train_run
 from gnlib.tune import command_for
@@ -117,6 +118,32 @@ def study(
             print(f"  {describe(config)}, {config.outer_steps} steps of {config.outer_batch_tokens} tokens")
     else:
         run_study(configs, profile, fresh, allow_run=True, jobs=jobs, executor=executor)
+
+
+@app.command
+def sweep(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional],
+    profile: str = "laptop",
+    seeds: tuple[int, ...] = (),
+    methods: tuple[str, ...] = (),
+    batches: tuple[int, ...] = (),
+    jobs: int | None = None,
+    minutes: float | None = None,
+    tune: bool = True,
+) -> None:
+    """Tune what studies need and run their data orders, all settings side by side, on every core or GPU.
+
+    Args:
+        names: Studies, such as critical_batch_size.
+        profile: A name listed by `gnlib profiles`.
+        seeds: Data orders; the profile's own by default.
+        methods: Only these methods or variants, of those listed by `gnlib profiles`; the studies' own by default.
+        batches: Only these outer batches, sequences; the studies' own by default.
+        jobs: Runs at a time; one per core or GPU by default.
+        minutes: Stop after so many; the same command continues.
+        tune: Tune what is not interior yet, before its data orders run.
+    """
+    sweep_studies(names, profile, jobs, minutes, methods, seeds, batches, tune)
 
 
 @app.command
@@ -264,6 +291,9 @@ def main() -> None:
         sys.path.append(here)  # a user's own optimisers, as `python -m gnlib` finds them
     try:
         app.cli(prog="gnlib", description="Full Gauss-Newton as the oracle for language-model optimisers.")
+    except BrokenPipeError:  # `gnlib ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ConfigError, StudyError, OSError) as error:
         print(f"gnlib: {error}", file=sys.stderr)
         sys.exit(2)

@@ -50,12 +50,18 @@ def prepare(config: DataConfig, progress: bool = True) -> TokenFiles:
 
 
 def _carried(config: DataConfig) -> Path | None:
-    """The folder with the fingerprint; without one, token files made elsewhere from a text that is not here."""
-    if not config.fingerprint and (
-        config.source in ("docstrings", "synthetic", "c4") or corpus.located(config.source).exists()
-    ):
-        return None
+    """The folder with the fingerprint; without one, token files made elsewhere from a text that is not here.
+
+    Docstrings made by another Python count as those: what is run in one data folder is of one text.
+    """
     wanted = {"fingerprint": config.fingerprint} if config.fingerprint else _settings(config)
+    if not config.fingerprint:
+        if config.source == "docstrings":
+            if _folder(config).exists():
+                return None
+            wanted |= {"format": _FORMAT}
+        elif config.source in ("synthetic", "c4") or corpus.located(config.source).exists():
+            return None
     for meta in sorted((data_folder() / "prepared").glob("[!.]*/meta.json")):
         if wanted.items() <= json.loads(meta.read_text(encoding="utf-8")).items():
             return meta.parent
@@ -68,12 +74,17 @@ def _settings(config: DataConfig) -> dict[str, Any]:
 
 
 def _made(config: DataConfig, progress: bool) -> Path:
-    folder = data_folder() / "prepared" / _digest(_inputs(config))[:16]
+    folder = _folder(config)
     if not folder.exists():
         with exclusive(folder):
             if not folder.exists():  # another process may have made it meanwhile
                 _build(config, folder, progress)
     return folder
+
+
+def _folder(config: DataConfig) -> Path:
+    """Where this text's token files are, or will be."""
+    return data_folder() / "prepared" / _digest(_inputs(config))[:16]
 
 
 def _inputs(config: DataConfig) -> dict[str, Any]:
@@ -103,6 +114,7 @@ def _build(config: DataConfig, folder: Path, progress: bool) -> None:
     meta = {
         **_settings(config),
         **counts,
+        "format": _FORMAT,
         "dtype": dtype.str,
         "end_of_text": end,
         "sha256": hashes,

@@ -143,7 +143,7 @@ PROFILES: dict[str, Profile] = {
             },
             {"outer_steps": 32, "method.inner.warmup": 3, "compute.micro_batch": 32},
             target=4.05,
-            most_steps=(5, 64),
+            most_steps=(5, 96),
             batches=(128, 512, 2048),
             budget=16384,
             methods={
@@ -190,8 +190,8 @@ PROFILES: dict[str, Profile] = {
             },
             {"outer_steps": 48, "method.inner.warmup": 8, "compute.micro_batch": 256},
             target=4.1,
-            most_steps=(12, 64),
-            batches=(256, 1024, 4096, 16384, 65536),
+            most_steps=(12, 96),
+            batches=(256, 1024, 4096, 16384),
             budget=131072,
             methods={
                 "muon": {"method.inner.lr": 0.04, "method.inner.adam_lr": 0.02},

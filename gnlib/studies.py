@@ -55,13 +55,9 @@ STUDIES: dict[str, Study] = {
             "muon_search",
         )
     ),
-    "inner_solver": Study(
-        ("gauss_newton", "inner_adamw", "inner_soap", "inner_cg", "quarter_n", "half_n", "double_n")
-    ),
+    "inner_solver": Study(("gauss_newton", "inner_adamw", "inner_soap", "inner_cg", "quarter_n", "half_n", "double_n")),
     "more_baselines": Study(tuple(MORE_METHODS)),
-    "stateless": Study(
-        ("sinkgd", "swan", "sinkgd_stateless", "muon", "adamw", "adam", "sgd"), "small", budget=True
-    ),
+    "stateless": Study(("sinkgd", "swan", "sinkgd_stateless", "muon", "adamw", "adam", "sgd"), "small", budget=True),
 }
 
 
@@ -78,11 +74,16 @@ def find_study(name: str) -> Study:
 
 
 def study_runs(
-    name: str, profile: str, seeds: Sequence[int] | None = None, methods: Sequence[str] | None = None
+    name: str,
+    profile: str,
+    seeds: Sequence[int] | None = None,
+    methods: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
 ) -> list[Run]:
-    """The runs of a study; the profile's own seeds and the study's own methods by default."""
+    """The runs of a study; the profile's own seeds and the study's own methods and batches (sequences) by default."""
     study = find_study(name)
     settings = study.settings(profile, list(dict.fromkeys(methods or study.methods)))  # each once
+    settings = [setting for setting in settings if not batches or setting.batch in batches]
     chosen = dict.fromkeys(seeds or find_profile(profile).seeds)
     return [Run(setting, setting_config(profile, setting, seed)) for seed in chosen for setting in settings]
 
@@ -123,6 +124,7 @@ def present_records(
 
 
 def labelled(runs: Sequence[Run], records: Sequence[Record]) -> list[Record]:
+    """Each record with its setting's label."""
     for run, record in zip(runs, records, strict=True):
         record.label = run.setting.label
     return list(records)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,34 @@ POLL_SECONDS = 0.2
 
 class StudyError(RuntimeError):
     """Runs that failed, or that are missing where nothing may be trained; one line a run."""
+
+
+class Slots:
+    """Places for runs of this machine, `count` at a time, which the threads of a sweep share."""
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise ConfigError(f"jobs: {count}; at least 1")
+        self.count, self.closed = count, False
+        self._free = deque(range(count))  # its operations are atomic
+
+    def take(self) -> int | None:
+        """A free slot, or None."""
+        try:
+            return self._free.popleft()
+        except IndexError:
+            return None
+
+    def give(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def close(self) -> None:
+        """Have every thread end its runs; they continue from their checkpoints next time."""
+        self.closed = True
+
+
+Jobs = int | Slots | None
+"""Runs at a time; None is one per core or GPU."""
 
 
 def find(configs: Sequence[RunConfig], profile: str, fresh: bool = False) -> list[Record | None]:
@@ -79,7 +108,7 @@ def run_study(
     profile: str,
     fresh: bool = False,
     allow_run: bool | None = None,
-    jobs: int | None = None,
+    jobs: Jobs = None,
     command: str = "gnlib study",
     executor: str | None = None,
 ) -> list[Record]:
@@ -128,13 +157,14 @@ def _unended(config: RunConfig) -> bool:
 @dataclass
 class _Job:
     config: RunConfig
+    slot: int
     process: subprocess.Popen[bytes]
     log: Path
     bar: tqdm[None]
 
 
 def execute(
-    configs: Sequence[RunConfig], jobs: int | None = None, keep_weights: bool = False, executor: str | None = None
+    configs: Sequence[RunConfig], jobs: Jobs = None, keep_weights: bool = False, executor: str | None = None
 ) -> None:
     """Run configurations by an executor of EXECUTORS: the one named, else $GNLIB_EXECUTOR, else processes."""
     name = executor or os.environ.get("GNLIB_EXECUTOR", "processes")
@@ -143,38 +173,36 @@ def execute(
     EXECUTORS[name](configs, jobs, keep_weights)
 
 
-def run_inline(configs: Sequence[RunConfig], jobs: int | None, keep_weights: bool) -> None:
+def run_inline(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) -> None:
     """One after another in this process; `jobs` is 1."""
     for config in configs:
         train(config, keep_weights=keep_weights)
 
 
-def run_processes(configs: Sequence[RunConfig], jobs: int | None, keep_weights: bool) -> None:
+def run_processes(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) -> None:
     """`jobs` at a time (default: one a GPU, else as many as the cores allow), each with a progress bar."""
-    if jobs is not None and jobs < 1:
-        raise ConfigError(f"jobs: {jobs}; at least 1")
     waiting, failed = list(configs), []
-    running: list[tuple[int, _Job]] = []
-    slots = list(range(jobs or default_jobs(configs)))
+    running: list[_Job] = []
+    slots = jobs if isinstance(jobs, Slots) else Slots(default_jobs(configs) if jobs is None else jobs)
     overall = tqdm(total=len(waiting), desc=f"{len(waiting)} runs", unit="run", disable=len(waiting) < 2)
-    free = slots.copy()
     try:
         while waiting or running:
-            while waiting and free:
-                slot = free.pop(0)
-                running.append((slot, _launch(waiting.pop(0), slot, keep_weights)))
+            if slots.closed:
+                raise StudyError(f"stopped with {len(waiting) + len(running)} to run; the same command continues")
+            while waiting and (slot := slots.take()) is not None:
+                running.append(_launch(waiting.pop(0), slot, keep_weights))
             time.sleep(POLL_SECONDS)
-            for slot, job in running.copy():
+            for job in running.copy():
                 _show(job)
                 if job.process.poll() is not None:
-                    running.remove((slot, job))
-                    free.append(slot)
+                    running.remove(job)
+                    slots.give(job.slot)
                     job.bar.close()
                     overall.update()
                     if job.process.returncode:
                         failed.append(_report(job))
     finally:
-        for _, job in running:  # Ctrl-C: the runs continue from their checkpoints next time
+        for job in running:  # Ctrl-C: the runs continue from their checkpoints next time
             job.process.terminate()
             job.bar.close()
         overall.close()
@@ -182,7 +210,7 @@ def run_processes(configs: Sequence[RunConfig], jobs: int | None, keep_weights: 
         raise StudyError("\n".join(failed))
 
 
-Executor = Callable[[Sequence[RunConfig], int | None, bool], None]  # runs, how many at once, whether to keep weights
+Executor = Callable[[Sequence[RunConfig], Jobs, bool], None]  # runs, how many at once, whether to keep weights
 EXECUTORS: dict[str, Executor] = {"processes": run_processes, "inline": run_inline}
 
 
@@ -206,7 +234,7 @@ def _launch(config: RunConfig, slot: int, keep_weights: bool) -> _Job:
     with open(log, "wb") as file:
         process = _spawn(command, environment, file)
     bar = tqdm(total=config.outer_steps, desc=describe(config), unit="step", position=slot + 1, leave=False)
-    return _Job(config, process, log, bar)
+    return _Job(config, slot, process, log, bar)
 
 
 def _gpu(slot: int) -> str:

@@ -21,13 +21,14 @@ from gnlib.optimizers import find as optimizer
 from gnlib.profiles import Changes, find_profile, records_folder, tuning
 from gnlib.record import Record
 from gnlib.results import crossing
-from gnlib.study import StudyError, find, of_one_text, run_study
+from gnlib.study import Jobs, StudyError, find, of_one_text, run_study
 from gnlib.variants import Setting, find_setting, key, most_steps, setting_config, tunable
 
 SEED = 0  # never one of the seeds that results are reported on
 WARMUPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 STEPS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 MAX_ROUNDS = 12
+SATURATED = 0.005  # a longer run that gains less has come to its limit, a constant rate
 
 Point = tuple[int, ...]  # one index an axis
 Score = tuple[float, float]  # (steps to target or inf, final loss); smaller is better
@@ -81,7 +82,7 @@ def score(record: Record, target: float) -> Score:
 def tune(
     profile: str,
     method: str | Setting,
-    jobs: int | None = None,
+    jobs: Jobs = None,
     rounds: int = MAX_ROUNDS,
     allow_run: bool = True,
 ) -> dict[str, Any]:
@@ -157,10 +158,26 @@ def _best(trials: Trials) -> Point:
 
 
 def open_fields(axes: list[Axis], trials: Trials) -> list[str]:
-    """The fields along which the best setting has a neighbour that was not tried."""
+    """The fields along which the best setting has a neighbour that was not tried.
+
+    The profile's cap on outer steps closes their axis if the last extension gained less than 0.5 %.
+    """
     beside = neighbours(_best(trials))
     missing = [point not in trials and not _below(axes, point) for point in beside]
-    return [axis.field for index, axis in enumerate(axes) if any(missing[2 * index : 2 * index + 2])]
+    return [
+        axis.field
+        for index, axis in enumerate(axes)
+        if any(missing[2 * index : 2 * index + 2]) and not _saturated(axes, trials, index)
+    ]
+
+
+def _saturated(axes: list[Axis], trials: Trials, index: int) -> bool:
+    """Whether the best run has as many outer steps as it may, and the next shorter one takes hardly more to the
+    target."""
+    best = _best(trials)
+    shorter, longer = neighbours(best)[2 * index : 2 * index + 2]
+    at_cap = axes[index].field == "outer_steps" and axes[index].value(longer[index]) is None
+    return at_cap and shorter in trials and trials[shorter][0][0] <= (1 + SATURATED) * trials[best][0][0] < math.inf
 
 
 def ensure_tuned(profile: str, settings: Sequence[Setting], allow_run: bool) -> None:
@@ -181,9 +198,7 @@ def command_for(profile: str, setting: Setting) -> str:
 
 def neighbours(point: Point) -> list[Point]:
     """The points one step away along one axis."""
-    return [
-        (*point[:axis], point[axis] + step, *point[axis + 1 :]) for axis in range(len(point)) for step in (-1, 1)
-    ]
+    return [(*point[:axis], point[axis] + step, *point[axis + 1 :]) for axis in range(len(point)) for step in (-1, 1)]
 
 
 def _below(axes: list[Axis], point: Point) -> bool:
@@ -206,9 +221,11 @@ def entry_of(axes: list[Axis], trials: Trials) -> dict[str, Any]:
     def row(point: Point) -> dict[str, Any]:
         (steps, loss), config = trials[point]
         finite = {"steps_to_target": steps, "final_loss": loss}
-        return (_settings(axes, point) or {}) | {
-            name: round(value, 4) if math.isfinite(value) else None for name, value in finite.items()
-        } | {"run": config.recipe_id}
+        return (
+            (_settings(axes, point) or {})
+            | {name: round(value, 4) if math.isfinite(value) else None for name, value in finite.items()}
+            | {"run": config.recipe_id}
+        )
 
     ordered = sorted(trials, key=lambda point: trials[point][0])
     interior = not open_fields(axes, trials)

@@ -20,7 +20,7 @@ from gnlib.record import Record
 from gnlib.studies import STUDIES
 from gnlib.variants import Setting
 
-COMMANDS = ("profiles", "prepare", "train", "study", "tune", "compare", "claims", "export", "verify")
+COMMANDS = ("profiles", "prepare", "train", "study", "sweep", "tune", "compare", "claims", "export", "verify")
 SHORT = ("--profile", "tiny", "--method", "adamw", "--set", "start.chinchilla_fraction=0", "--set", "outer_steps=1")
 
 Call = Callable[..., tuple[int, str, str]]  # arguments -> exit code, stdout, stderr
@@ -78,7 +78,7 @@ def test_every_command_explains_itself(command: str, gnlib: Call, home: Path) ->
 
 def test_every_option_has_its_explanation() -> None:
     """So that `gnlib train --help` is enough; an `Args:` section names all parameters."""
-    for command in (cli.train, cli.study, cli.tune, cli.compare, cli.claims):
+    for command in (cli.train, cli.study, cli.sweep, cli.tune, cli.compare, cli.claims):
         names = [name for name in command.__annotations__ if name != "return"]
         assert all(f"{name}: " in (command.__doc__ or "") for name in names)
 
@@ -100,7 +100,9 @@ def refused(result: tuple[int, str, str]) -> str:
     return err
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "study iteration_complexity", "tune", "claims", "export"])
+@pytest.mark.parametrize(
+    "command", ["prepare", "train", "study iteration_complexity", "sweep schedules", "tune", "claims", "export"]
+)
 def test_an_unknown_profile_is_refused_with_the_allowed_ones(command: str, gnlib: Call, home: Path) -> None:
     line = refused(gnlib(*command.split(), "--profile", "lapdog"))
     assert "'lapdog'" in line and all(name in line for name in PROFILES)

@@ -303,6 +303,19 @@ def test_a_fingerprint_opens_the_prepared_tokens_without_their_text(tmp_path: Pa
     assert "text.txt" in refusal(config.model_copy(update={"vocabulary": 400}))  # others need the text
 
 
+def test_docstrings_prepared_by_another_python_are_read_on(tmp_path: Path, monkeypatch) -> None:
+    """Their text differs between versions, and the records of one data folder are to be of one text."""
+    monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "data"))
+    config = DataConfig(vocabulary=300)
+    monkeypatch.setattr(corpus, "documents", lambda source, skip: iter([f"document {i} " + "word " * 99 for i in range(200)]))
+    monkeypatch.setattr(corpus, "identity", lambda source: ["3.11"])
+    files = prepare(config)
+    monkeypatch.setattr(corpus, "identity", lambda source: ["3.12"])
+    assert prepare(config).folder == files.folder
+    monkeypatch.setattr(preparation, "_FORMAT", 2)  # made by another gnlib: other tokens
+    assert prepare(config).folder != files.folder
+
+
 def test_a_corpus_that_changed_since_the_run_began_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "data"))
     with pytest.raises(ConfigError, match=r"^data\.fingerprint: synthetic gives \w+ here, not 0123456789abcdef"):

@@ -1,0 +1,159 @@
+"""A sweep tunes what its studies need and runs their data orders; its settings share the machine's slots."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from test_study import of
+
+from gnlib import study
+from gnlib import sweep as sweeping
+from gnlib.config import ConfigError, RunConfig
+from gnlib.record import Record
+from gnlib.studies import study_configs
+from gnlib.study import Slots, StudyError
+from gnlib.sweep import sweep
+from gnlib.variants import Setting, key
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("CI", raising=False)
+    return tmp_path
+
+
+class Calls:
+    """In place of tuning and running: remembers the order, thread by thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[tuple[str, str]] = []
+        self.slots: set[int] = set()
+        self.lock = threading.Lock()
+        monkeypatch.setattr(sweeping, "tune", self.tune)
+        monkeypatch.setattr(sweeping, "run_study", self.run)
+        self.failing = ""
+
+    def tune(self, profile: str, setting: Setting, jobs: Slots) -> None:
+        time.sleep(0.01)
+        with self.lock:
+            self.events.append(("tune", key(profile, setting)))
+            self.slots.add(id(jobs))
+        if self.failing == key(profile, setting):
+            raise StudyError("AdamW failed\nand again")
+
+    def run(self, configs: Sequence[RunConfig], profile: str, jobs: Slots, allow_run: bool) -> list[Record]:
+        with self.lock:
+            self.events += [("run", f"{config.method.inner.optimizer}@{config.outer_batch}") for config in configs]
+            self.slots.add(id(jobs))
+        return [of(config) for config in configs]
+
+
+def test_every_setting_is_tuned_before_its_data_orders_run_and_a_method_before_its_other_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = Calls(monkeypatch)
+    sweep(["critical_batch_size"], "tiny", jobs=2, methods=["adamw", "muon"], seeds=[1, 2])
+    assert sorted(calls.events) == sorted(
+        [("tune", name) for name in ("adamw", "muon", "adamw@16", "muon@16")]
+        + [("run", f"{name}@{batch}") for name in ("adamw", "muon") for batch in (16, 64) for _ in range(2)]
+    )
+    order = calls.events.index
+    for name in ("adamw", "muon"):
+        assert order(("run", f"{name}@64")) < order(("tune", f"{name}@16")) < order(("run", f"{name}@16"))
+    assert len(calls.slots) == 1  # shared by all
+
+
+def test_variants_that_run_with_their_methods_settings_wait_for_its_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    sweep(["line_search"], "tiny", methods=["cold_start", "muon_search"], seeds=[1])
+    assert sorted(calls.events) == [("run", "muon@64"), ("run", "muon@64"), ("tune", "gauss_newton"), ("tune", "muon")]
+
+
+def test_what_is_interior_is_not_tuned_again_nor_anything_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "tuning", lambda profile, name: {"interior": name == "adamw"})
+        sweep(["iteration_complexity"], "tiny", methods=["adamw", "muon"], seeds=[1])
+    assert [name for what, name in calls.events if what == "tune"] == ["muon"]
+    calls.events.clear()
+    sweep(["iteration_complexity"], "tiny", methods=["adamw", "muon"], seeds=[1], tuned=False)
+    assert {what for what, _ in calls.events} == {"run"}
+
+
+def test_a_chain_that_fails_is_reported_and_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    calls.failing = "adamw"
+    with pytest.raises(StudyError) as caught:
+        sweep(["iteration_complexity"], "tiny", methods=["adamw", "muon"], seeds=[1])
+    assert str(caught.value).splitlines() == ["adamw: AdamW failed", "adamw: and again"]
+    assert ("run", "muon@64") in calls.events
+
+
+def test_only_the_batches_asked_for_are_run_and_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    sweep(["critical_batch_size"], "tiny", methods=["adamw"], seeds=[1], batches=[16])
+    assert calls.events == [("tune", "adamw@16"), ("run", "adamw@16")]
+    with pytest.raises(ConfigError, match="batches: none of 17 is one of the studies'"):
+        sweep(["critical_batch_size"], "tiny", batches=[17])
+
+
+def test_no_more_runs_than_slots_are_under_way_over_all_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most, lock = [0], [0], threading.Lock()
+
+    class Process:
+        returncode = 0
+
+        def __init__(self) -> None:
+            self.end = time.monotonic() + 0.05
+            with lock:
+                running[0] += 1
+                most[0] = max(most[0], running[0])
+
+        def poll(self) -> int | None:
+            if time.monotonic() < self.end:
+                return None
+            with lock:
+                running[0] -= 1
+            return 0
+
+    monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(study, "_spawn", lambda *_: Process())
+    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, allow_run: study.execute(configs, jobs))
+    sweep(["critical_batch_size"], "tiny", jobs=3, tuned=False, seeds=[1])
+    assert most[0] == 3 and running[0] == 0
+
+
+def test_a_sweep_stops_after_its_minutes_and_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    class Process:
+        returncode = None
+
+        def poll(self) -> None:
+            return None
+
+        def terminate(self) -> None:
+            ended.append("terminated")
+
+    monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(study, "_spawn", lambda *_: Process())
+    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, allow_run: study.execute(configs, jobs))
+    with pytest.raises(StudyError, match="adamw: stopped with 2 to run; the same command continues"):
+        sweep(["iteration_complexity"], "tiny", jobs=2, minutes=0.005, tuned=False, methods=["adamw"], seeds=[1, 2])
+    assert ended == ["terminated"] * 2
+
+
+def test_a_sweep_leaves_the_records_of_its_studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "POLL_SECONDS", 0.05)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    configs = study_configs("iteration_complexity", "tiny", methods=["muon"])
+    assert study.find(configs, "tiny") == [None]
+    sweep(["iteration_complexity"], "tiny", jobs=1, methods=["muon"], tuned=False)
+    (record,) = study.find(configs, "tiny")
+    assert record is not None and record.status == "finished"
