@@ -307,7 +307,8 @@ def test_docstrings_prepared_by_another_python_are_read_on(tmp_path: Path, monke
     """Their text differs between versions, and the records of one data folder are to be of one text."""
     monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "data"))
     config = DataConfig(vocabulary=300)
-    monkeypatch.setattr(corpus, "documents", lambda source, skip: iter([f"document {i} " + "word " * 99 for i in range(200)]))
+    text = [f"document {i} " + "word " * 99 for i in range(200)]
+    monkeypatch.setattr(corpus, "documents", lambda source, skip: iter(text))
     monkeypatch.setattr(corpus, "identity", lambda source: ["3.11"])
     files = prepare(config)
     monkeypatch.setattr(corpus, "identity", lambda source: ["3.12"])
