@@ -84,12 +84,11 @@ def _tf32() -> bool:
 def dense_attention(heads: Heads, dheads: Heads) -> Tensor:
     """The rule in plain PyTorch, for any device and precision; holds [B, H, S, S] tensors."""
     (q, k, v), (dq, dk, dv) = heads, dheads
-    scale = q.shape[-1] ** -0.5
+    q, dq = q * q.shape[-1] ** -0.5, dq * q.shape[-1] ** -0.5  # smaller than the scores
     future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.mT * scale).masked_fill(future, float("-inf"))
-    p = scores.softmax(-1, dtype=torch.float32 if q.dtype == torch.bfloat16 else None)
-    pds = p * (torch.cat([dq, q], -1) @ torch.cat([k, dk], -1).mT * scale)  # both products of dS in one
-    dp = pds - p * pds.sum(-1, keepdim=True)
+    p = (q @ k.mT).masked_fill_(future, float("-inf")).softmax(-1, torch.float32 if q.dtype == torch.bfloat16 else None)
+    pds = p * (torch.cat([dq, q], -1) @ torch.cat([k, dk], -1).mT)  # both products of dS in one
+    dp = pds.addcmul(p, pds.sum(-1, keepdim=True), value=-1)
     return torch.cat([dp, p], -1).to(v.dtype) @ torch.cat([v, dv], -2)  # both products of dy in one
 
 
