@@ -163,7 +163,7 @@ class DecoderLinearisation(Linearisation):
         """As of any model, with the head and the loss in chunks of tokens (`gnlib.head`) that all deltas share."""
         changes = []
         for delta in deltas:
-            dx = self.feature_tangent(delta)
+            dx = head.cast(self.feature_tangent(delta))  # those of all deltas are held together
             changes.append(head.Change(None if dx is None else dx.flatten(0, -2), delta.get("head.weight")))
         with torch.no_grad():
             x, weight = self.features.flatten(0, -2), self.model.head.weight

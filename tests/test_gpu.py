@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,9 @@ SHAPES = [(2, 3, 256, 64), (1, 2, 200, 48), (3, 1, 1, 16), (1, 4, 129, 32)]  # s
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compilations() -> Iterator[None]:
+def _fresh_compilations() -> None:
     """torch.compile gives up on a function after eight kinds of arguments, which all these tests together have."""
     torch._dynamo.reset()
-    yield
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
