@@ -49,8 +49,8 @@ def derivatives(
     x: Tensor, weight: Tensor, targets: Tensor, changes: Sequence[Change], expansion: Expansion
 ) -> tuple[Tensor, list[Derivative]]:
     """The loss at z and one `Derivative` a change; x [T, D], targets [T]. Means over the T tokens."""
-    x, weight = _cast(x), _cast(weight)
-    products = [_tangent_product(x, weight, Change(*map(_cast, change))) for change in changes]
+    x, weight = cast(x), cast(weight)
+    products = [_tangent_product(x, weight, Change(*map(cast, change))) for change in changes]
     losses, sums = [], [_Sum() for _ in changes]
     for rows, share in _chunks(len(x), len(weight)):
         z = F.linear(x[rows], weight)
@@ -74,7 +74,7 @@ def _tangent_product(x: Tensor, weight: Tensor, change: Change) -> tuple[Tensor,
 def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: ConvexLoss, compiled: bool = False) -> Tensor:
     """L(x W^T, targets) for features x [T, D], without a graph."""
     run = compiled_once(_value) if compiled else _value
-    weight = _cast(weight)
+    weight = cast(weight)
     parts = [run(x[rows], weight, targets[rows], loss) * share for rows, share in _chunks(len(x), len(weight))]
     return torch.stack(parts).sum()
 
@@ -118,7 +118,7 @@ class _Sum:
         return Derivative(torch.stack(self.values).sum(), features, self.weight)
 
 
-def _cast(tensor: Tensor | None) -> Any:
+def cast(tensor: Tensor | None) -> Any:
     """In autocast's dtype, once for all chunks."""
     if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
         return tensor

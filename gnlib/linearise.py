@@ -9,19 +9,22 @@ nn.Module, `torch.func.jvp`; the second is the readable reference that the tests
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gnlib import head, tangents
+from gnlib import head, pullbacks, tangents
 from gnlib.head import Expansion
-from gnlib.model import Block, Decoder
+from gnlib.model import Block, BlockTape, Decoder
 from gnlib.precision import compiled_once
+from gnlib.pullbacks import Attention
 
 Parameters = Mapping[str, Tensor]
+Rule = Callable[..., Any]
 
 
 def outputs_of(model: nn.Module, inputs: Tensor, parameters: Parameters | None = None) -> Tensor:
@@ -90,26 +93,41 @@ class Linearisation:
 
 
 class DecoderLinearisation(Linearisation):
-    """For `gnlib.model.Decoder`: tangents reuse the primal's intermediate results and start at the first change."""
+    """For `gnlib.model.Decoder`, by hand: tangents start at the first change, pullbacks end at the lowest parameter.
+
+    Both read one tape of the primal, which runs without autograd (`gnlib.pullbacks` says why).
+    """
 
     model: Decoder
 
+    @torch.no_grad()
     def __init__(self, model: Decoder, inputs: Tensor, compiled: bool = False) -> None:
-        self.model, self.inputs, self.compiled = model, inputs, compiled
-        primal = compiled_once(Block.primal) if compiled else Block.primal
-        self.block_tangent = compiled_once(tangents.block) if compiled else tangents.block
+        self.model, self.inputs = model, inputs
+        self.compiled = compiled
         self.rotation = model.rotation[:, : inputs.shape[1]]
-        self.tapes = []
+        self.tapes: list[BlockTape | None] = []
+        self.attentions: list[Attention | None] = []
         x = model.embedding(inputs)
         for block in model.blocks:
-            x, tape = primal(block, x, self.rotation)  # type: ignore[arg-type]
-            self.tapes.append(tape)
-        self.last = x.detach()
-        self.features = model.final_norm(x)
+            x = self._through(block, x)  # type: ignore[arg-type]
+        self.last, self.features = x, self.run(_normed)(model.final_norm, x)
+
+    def run(self, rule: Rule) -> Rule:
+        return compiled_once(rule) if self.compiled else rule
+
+    def _through(self, block: Block, x: Tensor) -> Tensor:
+        query, key, q, k, v = self.run(Block.before)(block, x, self.rotation)
+        attention = Attention.of(q, k, v)
+        y = attention.y.detach()
+        middle, hidden, out = self.run(Block.after)(block, x, y)
+        self.tapes.append(BlockTape(x, query, key, q, k, v, y, middle, hidden))
+        self.attentions.append(attention)
+        return out
 
     @cached_property
     def outputs(self) -> Tensor:  # type: ignore[override]
-        with torch.enable_grad():  # whoever asks first
+        """Without a graph."""
+        with torch.no_grad():
             return self.model.head(self.features)
 
     @torch.no_grad()
@@ -117,6 +135,14 @@ class DecoderLinearisation(Linearisation):
         dx, dweight = self.feature_tangent(delta), delta.get("head.weight")
         dlogits = tangents.linear(self.features, self.model.head.weight, dx, dweight)
         return torch.zeros_like(self.outputs) if dlogits is None else dlogits
+
+    @torch.no_grad()
+    def pullback(self, cotangent: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        u, weight = cotangent.view_as(self.outputs).to(self.outputs.dtype), self.model.head.weight
+        found = self.feature_pullback(u @ weight, names)
+        if "head.weight" in names:
+            found["head.weight"] = pullbacks.weight_gradient(self.features, weight, u)
+        return {name: found[name] for name in names}
 
     @torch.no_grad()
     def feature_tangent(self, delta: Parameters) -> Tensor | None:
@@ -128,8 +154,8 @@ class DecoderLinearisation(Linearisation):
             prefix = f"blocks.{index}."
             changed = {name.removeprefix(prefix): d for name, d in delta.items() if name.startswith(prefix)}
             if dx is not None or changed:
-                dx = self.block_tangent(block, self.rotation, tape, dx, changed)  # type: ignore[arg-type]
-        return tangents.rms_norm(self.last, model.final_norm.weight, dx, delta.get("final_norm.weight"))
+                dx = self.run(tangents.block)(block, self.rotation, tape, dx, changed)  # type: ignore[arg-type]
+        return self.run(tangents.rms_norm)(self.last, model.final_norm.weight, dx, delta.get("final_norm.weight"))
 
     def derivatives(
         self, deltas: Sequence[Parameters], targets: Tensor, expansion: Expansion
@@ -137,7 +163,7 @@ class DecoderLinearisation(Linearisation):
         """As of any model, with the head and the loss in chunks of tokens (`gnlib.head`) that all deltas share."""
         changes = []
         for delta in deltas:
-            dx = self.feature_tangent(delta)
+            dx = head.cast(self.feature_tangent(delta))  # those of all deltas are held together
             changes.append(head.Change(None if dx is None else dx.flatten(0, -2), delta.get("head.weight")))
         with torch.no_grad():
             x, weight = self.features.flatten(0, -2), self.model.head.weight
@@ -153,9 +179,45 @@ class DecoderLinearisation(Linearisation):
             found.append((part.value, gradients))
         return total, found
 
+    @torch.no_grad()
     def feature_pullback(self, cotangent: Tensor, names: Sequence[str], keep: bool = True) -> dict[str, Tensor]:
-        """Gradients of the named parameters below the head from the features' cotangent [B S, D]."""
-        return self._gradients(self.features, cotangent, names, keep)
+        """Gradients of the named parameters below the head from the features' cotangent [B S, D].
+
+        The last pullback need not keep the tape, whose memory is freed as it goes.
+        """
+        model, layers = self.model, self.model.layers()[:-1]
+        touched = [index for index, layer in enumerate(layers) if not set(names).isdisjoint(layer)]
+        if not touched:
+            return {}
+        u = cotangent.view_as(self.features).to(self.features.dtype)
+        u, scale = self.run(pullbacks.rms_norm)(self.last, model.final_norm.weight, u)
+        found = {"final_norm.weight": scale}
+        for index in reversed(range(max(touched[0] - 1, 0), len(model.blocks))):
+            prefix = f"blocks.{index}."
+            wanted = tuple(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+            further = index + 1 > touched[0]
+            if not (wanted or further):  # only the final norm is
+                break
+            u, gradients = self._back_through(index, u, wanted, further, keep)
+            found |= {prefix + name: gradient for name, gradient in gradients.items()}
+        if "embedding.weight" in names:
+            found["embedding.weight"] = pullbacks.embedding(self.inputs, model.embedding.weight, u)
+        return {name: found[name] for name in names if name in found}
+
+    def _back_through(
+        self, index: int, u: Tensor, names: Sequence[str], further: bool, keep: bool
+    ) -> tuple[Tensor, pullbacks.Gradients]:
+        """Of one block; `further` if something below it is wanted."""
+        block, tape, attention = self.model.blocks[index], self.tapes[index], self.attentions[index]
+        assert isinstance(block, Block) and tape is not None and attention is not None
+        if not keep:
+            self.tapes[index] = self.attentions[index] = None
+        u, uy, found = self.run(pullbacks.after)(block, tape, u, names)
+        if further or len(found) < len(names):
+            uheads = attention.pullback(uy, keep)
+            u, more = self.run(pullbacks.before)(block, self.rotation, tape, u, uheads, names)
+            found |= more
+        return u, found
 
     def forward_units(self, names: Sequence[str]) -> float:
         """Changed layers cost dx W, x dW and the same in the pullback; layers above them half; layers below nothing."""
@@ -167,3 +229,7 @@ class DecoderLinearisation(Linearisation):
             moved = changed[index] + (index > first)  # products with dW, products with dx
             units += 2 * moved * flops[index]
         return units / sum(flops)
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    return norm(x)

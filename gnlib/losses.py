@@ -38,14 +38,36 @@ class CrossEntropy:
         return F.cross_entropy(_wide(z).flatten(0, -2), y.flatten())
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
-        p = _wide(z).softmax(-1)
-        minus_one = torch.full_like(p[..., :1], -1.0)
-        return p.scatter_add_(-1, y.unsqueeze(-1), minus_one).div_(y.numel())  # in place: [tokens, V] is large
+        return _minus_target(_wide(z).softmax(-1), y)
 
     def hessian_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
         p = _wide(z).softmax(-1)
         pv = p * v
         return pv.addcmul_(p, pv.sum(-1, keepdim=True), value=-1).div_(y.numel())
+
+    def value_and_gradient(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Both from one softmax."""
+        z = _wide(z)
+        p = z.softmax(-1)
+        return self._value_from(p, z, y), _minus_target(p, y)
+
+    def quadratic_model(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L(z), L + g.v + 1/2 v.Hv and its derivative u = g + Hv in v, all from one softmax.
+
+        u = (p (1 + v - p.v) - onehot(y)) / n, and the value is L + 1/2 (g.v + u.v).
+        """
+        z = _wide(z)
+        p = z.softmax(-1)
+        loss = self._value_from(p, z, y)
+        u = p * v
+        mean = u.sum(-1, keepdim=True)
+        slope = (mean - _chosen(v, y)).mean()  # g.v
+        u = _minus_target(u.addcmul_(p, 1 - mean), y)
+        return loss, loss + 0.5 * (slope + (u * v).sum()), u
+
+    def _value_from(self, p: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        """L of p = softmax(z): log sum exp z = max z - log max p, and max p >= 1/V cannot underflow as p[y] can."""
+        return (z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log() - _chosen(z, y)).mean()
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Targets drawn from the model, y ~ softmax(z): [..., V] -> [...]; `generator` is of the CPU."""
@@ -75,6 +97,17 @@ class MeanSquaredError:
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Targets drawn from the model, y ~ N(z, 1), the shape of z; `generator` is of the CPU."""
         return z + torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+
+
+def _minus_target(p: Tensor, y: Tensor) -> Tensor:
+    """(p - onehot(y)) / n in the place of p [..., V], which is large."""
+    index = y.unsqueeze(-1)
+    return p.scatter_add_(-1, index, torch.full_like(p[..., :1], -1.0)).div_(y.numel())
+
+
+def _chosen(z: Tensor, y: Tensor) -> Tensor:
+    """z[y] of each token: [..., V] -> [..., 1]."""
+    return z.gather(-1, y.unsqueeze(-1))
 
 
 def _wide(z: Tensor) -> Tensor:

@@ -18,20 +18,21 @@ from gnlib.config import RunConfig
 ROPE_THETA = 1e4
 NORM_EPS = 1e-6
 
+Rotation = Tensor | tuple[Tensor, Tensor]  # cosines and sines, each [S, K/2]
+
 
 class BlockTape(NamedTuple):
-    """What a block computed on the way, for its tangent (`gnlib.tangents`)."""
+    """What a block computed on the way, for its tangent and pullback; norms and GELU are recomputed, which is cheaper
+    than keeping them."""
 
     x: Tensor  # [B, S, D] the block's input
-    attention_in: Tensor  # [B, S, D] after the first norm
     query: Tensor  # [B, S, D] before its LayerNorm
     key: Tensor  # [B, S, D] before its LayerNorm
     q: Tensor  # [B, H, S, K] normed and rotated
     k: Tensor  # [B, H, S, K] normed and rotated
     v: Tensor  # [B, H, S, K]
-    mixed: Tensor  # [B, S, D] the heads' outputs, before the output matrix
+    y: Tensor  # [B, H, S, K] the heads' outputs
     middle: Tensor  # [B, S, D] after attention
-    mlp_in: Tensor  # [B, S, D] after the second norm
     hidden: Tensor  # [B, S, M] before GELU
 
 
@@ -56,24 +57,24 @@ class Block(nn.Module):
         """[B, S, D] -> [B, H, S, K]."""
         return x.unflatten(-1, (self.head_count, -1)).transpose(1, 2)
 
-    def primal(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, BlockTape]:
-        """The block's output [B, S, D] and the intermediate results that its tangent needs."""
+    def before(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What comes before attention: query, key [B, S, D] and the heads' q, k, v [B, H, S, K]."""
         attention_in = self.norm1(x)
         query, key = self.query(attention_in), self.key(attention_in)
         q = rotate(self.split(self.query_norm(query)), rotation)
         k = rotate(self.split(self.key_norm(key)), rotation)
         v = self.split(self.value(attention_in))
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms return fp32 and attention wants one dtype
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        middle = x + self.out(mixed)
-        mlp_in = self.norm2(middle)
-        hidden = self.up(mlp_in)
-        y = middle + self.down(F.gelu(hidden))
-        tape = (x, attention_in, query, key, q, k, v, mixed, middle, mlp_in, hidden)
-        return y, BlockTape(*(tensor.detach() for tensor in tape))  # detached: torch.compile would send zeros back
+        return query, key, q.to(v.dtype), k.to(v.dtype), v  # under autocast the norms return fp32, attention wants one
+
+    def after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes after it: middle [B, S, D], hidden [B, S, M] and the block's output [B, S, D]."""
+        middle = x + self.out(merge(y))
+        hidden = self.up(self.norm2(middle))
+        return middle, hidden, middle + self.down(F.gelu(hidden))
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        return self.primal(x, rotation)[0]
+        _, _, *heads = self.before(x, rotation)
+        return self.after(x, attention(*heads))[-1]
 
 
 class Decoder(nn.Module):
@@ -162,7 +163,17 @@ def rope_table(length: int, features: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal; all [B, H, S, K]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def merge(heads: Tensor) -> Tensor:
+    """[B, H, S, K] -> [B, S, D]."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """RoPE: rotate the feature pairs (i, i + K/2) of x [B, H, S, K]; linear in x, so it is its own tangent."""
     cosine, sine = rotation
     first, second = x.chunk(2, dim=-1)

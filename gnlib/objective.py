@@ -108,6 +108,8 @@ class GaussNewtonObjective(LinearisedObjective):
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if _has_kernel(self.loss, z):
             return cross_entropy_expansion(z, y, v, prox=False)
+        if type(self.loss) is CrossEntropy:
+            return self.loss.quadratic_model(z, y, v)
         loss, g, hv = self.loss.value(z, y), self.loss.gradient(z, y), self.loss.hessian_product(z, y, v)
         return loss, loss + (torch.add(g, hv, alpha=0.5) * v).sum(), g + hv
 
@@ -119,11 +121,14 @@ class ProxLinearObjective(LinearisedObjective):
         if _has_kernel(self.loss, z):
             return cross_entropy_expansion(z, y, v, prox=True)
         outputs = z.to(torch.promote_types(z.dtype, torch.float32)) + v
+        if type(self.loss) is CrossEntropy:
+            return self.loss.value(z, y), *self.loss.value_and_gradient(outputs, y)
         return self.loss.value(z, y), self.loss.value(outputs, y), self.loss.gradient(outputs, y)
 
 
 def _has_kernel(loss: ConvexLoss, z: Tensor) -> bool:
-    return z.is_cuda and z.ndim == 2 and z.dtype != torch.float64 and isinstance(loss, CrossEntropy)
+    # not isinstance: a class derived from it may change the loss
+    return z.is_cuda and z.ndim == 2 and z.dtype != torch.float64 and type(loss) is CrossEntropy
 
 
 def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,5 +24,4 @@ def matmul_precision(compute: ComputeConfig, device: torch.device) -> AbstractCo
 @cache
 def compiled_once(rule: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of a function that serves all its callers, such as blocks of equal shapes."""
-    torch._functorch.config.donated_buffer = False  # several pullbacks may go through one graph
     return torch.compile(rule)

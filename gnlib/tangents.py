@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gnlib.model import NORM_EPS, Block, BlockTape, rotate
+from gnlib.model import NORM_EPS, Block, BlockTape, merge, rotate
 
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v or their tangents, each [B, H, S, K]
 Tangents = Mapping[str, Tensor]  # parameter name -> tangent of its shape; a missing name is zero
@@ -37,23 +37,37 @@ def linear(x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None)
 
 
 def rms_norm(x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> Tensor | None:
-    """n = x r, r = (mean x^2 + eps)^(-1/2), y = w n  ->  dy = w r (dx - n mean(n dx)) + n dw."""
-    r = (x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
-    return _scaled_norm(x * r, r, weight, dx, dweight)
+    """n = x r, r = (mean x^2 + eps)^(-1/2), y = w n  ->  dy = w dn + n dw, dn = A dx."""
+    return _scaled(*rms_normed(x), weight, dx, dweight)
 
 
 def layer_norm(x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> Tensor | None:
     """As RMSNorm of the centred x: dx loses its mean as x does."""
-    x = x.float() if x.dtype == torch.bfloat16 else x
-    centred = x - x.mean(-1, keepdim=True)
-    r = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
-    dx = None if dx is None else dx - dx.mean(-1, keepdim=True)
-    return _scaled_norm(centred * r, r, weight, dx, dweight)
+    return _scaled(*layer_normed(x), weight, None if dx is None else centred(dx), dweight)
 
 
-def _scaled_norm(n: Tensor, r: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> Tensor | None:
+def rms_normed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """n and r."""
+    r = (x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+    return x * r, r
+
+
+def layer_normed(x: Tensor) -> tuple[Tensor, Tensor]:
+    return rms_normed(centred(x.float() if x.dtype == torch.bfloat16 else x))
+
+
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+def along_normed(n: Tensor, r: Tensor, dx: Tensor) -> Tensor:
+    """A dx = r (dx - n mean(n dx)); A is symmetric, so it is the pullback too."""
+    return r * (dx - n * (n * dx).mean(-1, keepdim=True))
+
+
+def _scaled(n: Tensor, r: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> Tensor | None:
     return add(
-        None if dx is None else weight * r * (dx - n * (n * dx).mean(-1, keepdim=True)),
+        None if dx is None else weight * along_normed(n, r, dx),
         None if dweight is None else n * dweight,
     )
 
@@ -84,12 +98,11 @@ def _tf32() -> bool:
 def dense_attention(heads: Heads, dheads: Heads) -> Tensor:
     """The rule in plain PyTorch, for any device and precision; holds [B, H, S, S] tensors."""
     (q, k, v), (dq, dk, dv) = heads, dheads
-    scale = q.shape[-1] ** -0.5
+    q, dq = q * q.shape[-1] ** -0.5, dq * q.shape[-1] ** -0.5  # smaller than the scores
     future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.mT * scale).masked_fill(future, float("-inf"))
-    p = scores.softmax(-1, dtype=torch.float32 if q.dtype == torch.bfloat16 else None)
-    pds = p * (torch.cat([dq, q], -1) @ torch.cat([k, dk], -1).mT * scale)  # both products of dS in one
-    dp = pds - p * pds.sum(-1, keepdim=True)
+    p = (q @ k.mT).masked_fill_(future, float("-inf")).softmax(-1, torch.float32 if q.dtype == torch.bfloat16 else None)
+    pds = p * (torch.cat([dq, q], -1) @ torch.cat([k, dk], -1).mT)  # both products of dS in one
+    dp = pds.addcmul(p, pds.sum(-1, keepdim=True), value=-1)
     return torch.cat([dp, p], -1).to(v.dtype) @ torch.cat([v, dv], -2)  # both products of dy in one
 
 
@@ -100,17 +113,19 @@ def block(block: Block, rotation: Tensor, tape: BlockTape, dx: Tensor | None, d:
         return d.get(f"{name}.weight")
 
     din = rms_norm(tape.x, block.norm1.weight, dx, get("norm1"))
-    dquery = linear(tape.attention_in, block.query.weight, din, get("query"))
+    attention_in = block.norm1(tape.x) if d else tape.x  # where a weight moves; cheaper than keeping it
+    dquery = linear(attention_in, block.query.weight, din, get("query"))
     dquery = layer_norm(tape.query, block.query_norm.weight, dquery, get("query_norm"))
-    dkey = linear(tape.attention_in, block.key.weight, din, get("key"))
+    dkey = linear(attention_in, block.key.weight, din, get("key"))
     dkey = layer_norm(tape.key, block.key_norm.weight, dkey, get("key_norm"))
-    dvalue = linear(tape.attention_in, block.value.weight, din, get("value"))
+    dvalue = linear(attention_in, block.value.weight, din, get("value"))
     dmixed = _attention_from(block, rotation, tape, dquery, dkey, dvalue)
-    dmiddle = add(dx, linear(tape.mixed, block.out.weight, dmixed, get("out")))
+    dmiddle = add(dx, linear(merge(tape.y), block.out.weight, dmixed, get("out")))
     din = rms_norm(tape.middle, block.norm2.weight, dmiddle, get("norm2"))
-    dhidden = gelu(tape.hidden, linear(tape.mlp_in, block.up.weight, din, get("up")))
-    # GELU's output is recomputed: cheaper than keeping it
-    return add(dmiddle, linear(F.gelu(tape.hidden), block.down.weight, dhidden, get("down")))
+    mlp_in = block.norm2(tape.middle) if d else tape.middle
+    dhidden = gelu(tape.hidden, linear(mlp_in, block.up.weight, din, get("up")))
+    activated = F.gelu(tape.hidden) if d else tape.hidden
+    return add(dmiddle, linear(activated, block.down.weight, dhidden, get("down")))
 
 
 def _attention_from(
@@ -122,4 +137,4 @@ def _attention_from(
     dq = torch.zeros_like(q) if dquery is None else rotate(block.split(dquery), rotation).to(q.dtype)
     dk = torch.zeros_like(k) if dkey is None else rotate(block.split(dkey), rotation).to(k.dtype)
     dv = torch.zeros_like(v) if dvalue is None else block.split(dvalue).to(v.dtype)
-    return attention((q, k, v), (dq, dk, dv), block.split(tape.mixed)).transpose(1, 2).flatten(2)
+    return merge(attention((q, k, v), (dq, dk, dv), tape.y))

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,12 +18,21 @@ from gnlib.losses import CrossEntropy
 from gnlib.model import Decoder
 from gnlib.objective import GaussNewtonObjective, LinearisedObjective, ProxLinearObjective
 from gnlib.precision import matmul_precision
+from gnlib.profiles import run_config
 from gnlib.tangents import attention, dense_attention
+from gnlib.train import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 BOUNDS = {"fp32": 2e-5, "tf32": 4e-3, "bf16": 3e-2}  # relative, of whole gradients
+SEEDS = range(4)  # of weights and order of the data
 SHAPES = [(2, 3, 256, 64), (1, 2, 200, 48), (3, 1, 1, 16), (1, 4, 129, 32)]  # sequences, heads, length, features
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compilations() -> None:
+    """torch.compile gives up on a function after eight kinds of arguments, which all these tests together have."""
+    torch._dynamo.reset()
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -72,3 +84,35 @@ def test_gradients_of_every_layer_agree_with_float64(
     for block, reference in zip(found, expected, strict=True):
         flat = torch.cat([block[name].flatten().float() for name in reference])
         assert _distance(flat, torch.cat([g.flatten() for g in reference.values()])) < BOUNDS[precision]
+
+
+def _curves(precision: str, device: torch.device, **changes: Any) -> Tensor:
+    """Validation losses [seeds, 7] at the start and after each of six outer steps, with heads of 32 features."""
+    size = {"model.width": 64, "model.mlp_width": 128, "model.heads": 2, "start.chinchilla_fraction": 0.0}
+    plain = {**size, "outer_steps": 6, "compute.precision": precision, "compute.compile": False, **changes}
+    found = []
+    for seed in SEEDS:
+        config = run_config("tiny", "gauss_newton", seed, {**plain, "model.seed": seed}, use_tuned=False)
+        rows = train(config, device, checkpoint_seconds=1e9).rows
+        found.append([row["val_loss"] for row in rows])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _apart(found: Tensor, reference: Tensor) -> float:
+    """Largest distance over the steps of two mean curves, in standard errors of the reference's mean over the seeds."""
+    error = reference.std(0) / len(reference) ** 0.5
+    return float(((found.mean(0) - reference.mean(0)).abs() / error).max())
+
+
+def test_training_in_low_precision_follows_fp32_within_the_spread_of_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By half a standard error at every step; a learning rate a quarter smaller, for comparison, parts by more."""
+    monkeypatch.setenv("GNLIB_DATA", str(tmp_path))
+    device = torch.device("cuda")
+    reference = _curves("fp32", device)
+    assert (reference[:, -1] < reference[:, 0] - 1).all(), "it learns"
+    for precision in ("tf32", "bf16"):
+        assert _apart(_curves(precision, device), reference) < 0.5, precision
+    lr = run_config("tiny", "gauss_newton", use_tuned=False).method.inner.lr
+    assert _apart(_curves("fp32", device, **{"method.inner.lr": 0.75 * lr}), reference) > 1.0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from cases import BLOCKS, KINDS, LENGTH, Case, direction, normal, tiny_decoder, tokens
+from cases import BLOCKS, KINDS, LENGTH, VOCABULARY, Case, direction, normal, tiny_decoder, tokens
 from oracles import assert_all_close, assert_close, dense_jacobian, flatten
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gnlib import tangents
 from gnlib.blocks import partition
@@ -100,10 +102,8 @@ def test_the_attention_rule_is_the_forward_derivative_of_attention(moved: str, l
 
 
 def test_a_block_below_every_change_has_no_tangent() -> None:
-    model = tiny_decoder()
-    rotation = model.rotation
-    _, tape = model.blocks[0].primal(_normal(2, LENGTH, 6), rotation)
-    assert tangents.block(model.blocks[0], rotation, tape, None, {}) is None
+    here = DecoderLinearisation(tiny_decoder(), tokens(2, LENGTH))
+    assert tangents.block(here.model.blocks[0], here.rotation, here.tapes[0], None, {}) is None  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- the whole model
@@ -220,6 +220,49 @@ def test_only_the_decoder_takes_the_fast_path() -> None:
 
 
 # ---------------------------------------------------------------- cost
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products; attention's are inside its kernel."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pullback_computes_no_weight_gradient_above_the_layers_that_are_asked_for() -> None:
+    """Six matrices a block: six products for the activations, six for the weights of a block that is asked for."""
+    model = Decoder(VOCABULARY, 8, 16, 4, 2, LENGTH).double()
+    here = DecoderLinearisation(model, tokens(2, LENGTH))
+    expected = {"embedding": 6 * 4, "block 0": 6 * 4 + 6, "block 2": 6 * 2 + 6, "block 3": 6 + 6, "final norm": 0}
+    layers = model.layers()
+    asked = dict(zip(expected, [layers[0], layers[1], layers[3], layers[4], ["final_norm.weight"]], strict=True))
+    for name, names in asked.items():
+        with _Products() as products:
+            here.feature_pullback(_normal(2 * LENGTH, 8), names)
+        assert products.count == expected[name], name
+
+
+def test_the_last_pullback_frees_the_tape_and_earlier_ones_keep_it() -> None:
+    here = DecoderLinearisation(tiny_decoder(), tokens(2, LENGTH))
+    u, names = _normal(2 * LENGTH, here.model.final_norm.weight.numel()), PARAMETERS[:-1]
+    first = here.feature_pullback(u, names, keep=True)
+    assert all(tape is not None for tape in here.tapes)
+    last = here.feature_pullback(u, names, keep=False)
+    assert not any(here.tapes) and not any(here.attentions)
+    assert all(torch.equal(first[name], last[name]) for name in names)
+
+
+def test_nothing_is_kept_for_the_pullback_beside_the_tape() -> None:
+    """But attention's row sums: no autograd graph holds a second copy of an activation."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        here = DecoderLinearisation(Decoder(VOCABULARY, 32, 64, 2, 2, LENGTH), tokens(2, LENGTH))
+    kept = {t.untyped_storage().data_ptr() for tape in here.tapes if tape is not None for t in tape}
+    beside = [t for t in saved if t.untyped_storage().data_ptr() not in kept]
+    assert all(t.numel() <= 2 * LENGTH * 2 for t in beside), [t.shape for t in beside]
 
 
 def test_tangent_and_pullback_of_the_whole_decoder_cost_four_forwards() -> None:

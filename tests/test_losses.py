@@ -75,6 +75,27 @@ def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32() -> None:
         assert_close(found, reference, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["tokens", "classes"])
+def test_sharing_one_softmax_gives_the_three_derivatives_that_are_computed_apart(name: str, dtype: torch.dtype) -> None:
+    loss, (_, _, z, y) = CrossEntropy(), LOSSES[name]
+    z, v = z.to(dtype), _outputs(tuple(z.shape), 9).to(dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    value, g, hv = loss.value(z, y), loss.gradient(z, y), loss.hessian_product(z, y, v)
+    for found, expected in zip(loss.value_and_gradient(z, y), (value, g), strict=True):
+        assert_close(found, expected, tolerance)
+    expected = (value, value + ((g + 0.5 * hv) * v).sum(), g + hv)
+    for found, reference in zip(loss.quadratic_model(z, y, v), expected, strict=True):
+        assert found.dtype == reference.dtype == torch.promote_types(dtype, torch.float32)
+        assert_close(found, reference, tolerance)
+
+
+def test_a_shared_softmax_survives_targets_of_vanishing_probability_and_large_logits() -> None:
+    z, y = torch.tensor([[3000.0, -3000.0, 0.0], [-5000.0, -4900.0, 0.0]], dtype=torch.float32), torch.tensor([1, 0])
+    assert_close(CrossEntropy().value_and_gradient(z, y)[0], torch.tensor(5500.0), 1e-6)
+    assert_close(CrossEntropy().quadratic_model(z, y, torch.ones_like(z))[1], torch.tensor(5500.0), 1e-6)
+
+
 def test_losses_of_the_cases_are_finite_and_not_at_a_minimum(case: Case) -> None:
     loss: ConvexLoss = case.loss
     z = case.model(case.inputs).detach()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gnlib.blocks import partition
 from gnlib.config import MethodConfig
+from gnlib.losses import CrossEntropy
 from gnlib.objective import (
     GaussNewtonObjective,
     LinearisedObjective,
@@ -80,6 +81,35 @@ def test_the_true_loss_and_its_gradient_are_those_of_autograd(case: Case, kind: 
         leaves = {name: t.clone().requires_grad_() for name, t in theta.items()}
         expected = torch.autograd.grad(value(leaves), list(leaves.values()))
         assert_all_close(evaluation.gradient, dict(zip(theta, expected, strict=True)))
+
+
+class _Smoothed(CrossEntropy):
+    """A loss of one's own that inherits from ours: 0.9 of cross-entropy and 0.1 of a quadratic."""
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        return 0.9 * super().value(z, y) + 0.05 * z.square().sum() / y.numel()
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        return 0.9 * super().gradient(z, y) + 0.1 * z / y.numel()
+
+    def hessian_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return 0.9 * super().hessian_product(z, y, v) + 0.1 * v / y.numel()
+
+
+@pytest.mark.parametrize("objective", LINEARISED)
+def test_a_loss_derived_from_cross_entropy_is_expanded_by_its_own_methods(objective: str) -> None:
+    """The shared softmax is cross-entropy's alone; any other loss has its value, gradient and Hessian product."""
+    z, y, v = direction({"z": torch.zeros(4, 5)})["z"].double(), torch.tensor([0, 4, 2, 2]), torch.rand(4, 5).double()
+    loss = _Smoothed()
+    _, value, u = LINEARISED[objective](loss).expand(z, y, v)
+
+    def model(t: Tensor) -> Tensor:
+        if objective == "prox_linear":
+            return loss.value(z + t, y)
+        return loss.value(z, y) + (loss.gradient(z, y) * t).sum() + 0.5 * (loss.hessian_product(z, y, t) * t).sum()
+
+    assert_close(value, model(v))
+    assert_close(u, torch.func.grad(model)(v))
 
 
 # ---------------------------------------------------------------- identities

@@ -1,0 +1,116 @@
+"""Pullbacks of the decoder's layers, by hand: from an output's cotangent u to those of the input and the weights.
+
+The transposes of `gnlib.tangents`, from the same tape. Autograd would do, and does in the reference that the tests
+compare with, but a compiled graph's backward computes the gradients of all its parameters whatever is asked for, and
+keeps tensors of its own beside the tape. Here a block above those asked for passes its cotangent on and nothing else,
+and the tape is all that is kept.
+
+Only attention is left to autograd, whose fused kernels differ from device to device: a graph of that one operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gnlib.model import Block, BlockTape, attention, merge, rotate
+from gnlib.tangents import Heads, along_normed, centred, gelu, layer_normed, rms_normed
+
+Gradients = dict[str, Tensor]  # by a block's own parameter names
+
+
+class Attention(NamedTuple):
+    """One causal attention with its own small graph."""
+
+    heads: Heads  # q, k, v, leaves of the graph
+    y: Tensor  # [B, H, S, K]
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor) -> Attention:
+        with torch.enable_grad():
+            q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+            return Attention((q, k, v), attention(q, k, v))
+
+    def pullback(self, u: Tensor, keep: bool) -> Heads:
+        """Cotangents of q, k, v from that of y."""
+        return torch.autograd.grad(self.y, self.heads, u.to(self.y.dtype), retain_graph=keep)  # type: ignore[return-value]
+
+
+def weight_gradient(x: Tensor, weight: Tensor, u: Tensor) -> Tensor:
+    """y = x W^T  ->  u^T x, in the weight's precision."""
+    return (u.flatten(0, -2).mT @ x.flatten(0, -2)).to(weight.dtype)
+
+
+def scale_gradient(n: Tensor, u: Tensor) -> Tensor:
+    """y = w n  ->  sum over tokens of n u."""
+    return (n * u).flatten(0, -2).sum(0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """y = w n  ->  A (w u), and the weight's gradient."""
+    n, r = rms_normed(x)
+    return along_normed(n, r, weight * u), scale_gradient(n, u)
+
+
+def layer_norm(x: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """As RMSNorm of the centred x."""
+    n, r = layer_normed(x)
+    return along_normed(n, r, centred(weight * u)), scale_gradient(n, u)
+
+
+def embedding(inputs: Tensor, weight: Tensor, u: Tensor) -> Tensor:
+    """y = W[inputs]  ->  each word's sum of u over its tokens, as autograd adds it up."""
+    return torch.ops.aten.embedding_dense_backward(u, inputs, len(weight), -1, False)
+
+
+def unrotate(u: Tensor, rotation: Tensor) -> Tensor:
+    """RoPE is orthogonal: its transpose turns back."""
+    cosine, sine = rotation
+    return rotate(u, (cosine, -sine))
+
+
+def after(block: Block, tape: BlockTape, u: Tensor, names: Collection[str]) -> tuple[Tensor, Tensor, Gradients]:
+    """From the block's output to the residual stream beside attention [B, S, D] and to the heads' y [B, H, S, K].
+
+        m + W_down gelu(W_up norm2(m))    m = x + W_out y
+    """
+    found: Gradients = {}
+    if "down.weight" in names:
+        found["down.weight"] = weight_gradient(F.gelu(tape.hidden), block.down.weight, u)
+    uhidden = gelu(tape.hidden, (u @ block.down.weight).to(tape.hidden.dtype))
+    assert uhidden is not None
+    if "up.weight" in names:
+        found["up.weight"] = weight_gradient(block.norm2(tape.middle), block.up.weight, uhidden)
+    umiddle, scale = rms_norm(tape.middle, block.norm2.weight, uhidden @ block.up.weight)
+    u = u + umiddle
+    if "norm2.weight" in names:
+        found["norm2.weight"] = scale
+    if "out.weight" in names:
+        found["out.weight"] = weight_gradient(merge(tape.y), block.out.weight, u)
+    return u, block.split(u @ block.out.weight), found
+
+
+def before(
+    block: Block, rotation: Tensor, tape: BlockTape, u: Tensor, uheads: Heads, names: Collection[str]
+) -> tuple[Tensor, Gradients]:
+    """From q, k, v to the block's input, where the residual stream's u [B, S, D] joins.
+
+        q = RoPE(norm(W_q a)), k = RoPE(norm(W_k a)), v = W_v a    a = norm1(x)
+    """
+    uquery, query_scale = layer_norm(tape.query, block.query_norm.weight, merge(unrotate(uheads[0], rotation)))
+    ukey, key_scale = layer_norm(tape.key, block.key_norm.weight, merge(unrotate(uheads[1], rotation)))
+    found = {"query_norm.weight": query_scale, "key_norm.weight": key_scale}
+    projections = {"query": uquery, "key": ukey, "value": merge(uheads[2])}
+    wanted = [name for name in projections if f"{name}.weight" in names]
+    if wanted:
+        attention_in = block.norm1(tape.x)
+        for name in wanted:
+            weight = getattr(block, name).weight
+            found[f"{name}.weight"] = weight_gradient(attention_in, weight, projections[name])
+    uin = uquery @ block.query.weight + ukey @ block.key.weight + projections["value"] @ block.value.weight
+    ux, found["norm1.weight"] = rms_norm(tape.x, block.norm1.weight, uin)
+    return u + ux, {name: gradient for name, gradient in found.items() if name in names}
