@@ -122,9 +122,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _revision() -> str:
-    """The checkout's commit, with `+` if it has local changes; $GNLIB_REVISION or `unknown` outside a checkout."""
+    """$GNLIB_REVISION, where a copy of a checkout runs; else the checkout's commit, with `+` if it has local changes, or
+    `unknown` outside one."""
+    if "GNLIB_REVISION" in os.environ:
+        return os.environ["GNLIB_REVISION"]
     command = ["git", "-C", str(home()), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GNLIB_REVISION", "unknown")
+        return "unknown"

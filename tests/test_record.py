@@ -139,3 +139,5 @@ def test_the_environment_has_the_commit_and_a_plus_for_local_changes(
     assert re.fullmatch(r"[0-9a-f]{12}", revision)
     (tmp_path / "file").write_text("two")
     assert records.environment(torch.device("cpu"))["gnlib"] == revision + "+"
+    monkeypatch.setenv("GNLIB_REVISION", "0123456789ab")  # says more than a copy's own git
+    assert records.environment(torch.device("cpu"))["gnlib"] == "0123456789ab"
