@@ -74,8 +74,8 @@ notebooks: setup ## execute the notebooks in place, from the records, for the co
 	CI=true $(BIN)/jupyter-execute --inplace --kernel_name=python3 notebooks/*.ipynb
 	$(BIN)/nbstripout --keep-output --keep-count --keep-id notebooks/*.ipynb
 
-tune: setup ## search the learning rates of every study of PROFILE (hours)
-	for study in $(STUDIES); do $(GNLIB) tune --study $$study --profile $(PROFILE) || exit 1; done
+tune: setup ## tune and run every study of PROFILE, all settings side by side (hours; again to go on)
+	$(GNLIB) sweep $(STUDIES) --profile $(PROFILE)
 
 test: export CI = true
 test: export OMP_NUM_THREADS = 1

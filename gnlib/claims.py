@@ -20,8 +20,11 @@ from gnlib.study import of_one_text
 from gnlib.variants import find_setting, key
 
 NOT_RUN = "not run"
-NOT_INTERIOR = "†"
-FOOTNOTE = f"{NOT_INTERIOR} a method's setting in the row lies at the edge of what was tried, or is not tuned by itself"
+NOT_INTERIOR, OUTDONE = "†", "‡"
+FOOTNOTES = {
+    NOT_INTERIOR: "a method's setting in the row lies at the edge of what was tried, or is not tuned by itself",
+    OUTDONE: "a better setting of one of its methods was found since, on the tuning data order; its runs are missing",
+}
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ class Question:
         of_one_text(present, f"{self.study}, profile {profile}")
         found = self.measure(by_method(present), find_profile(profile).target)
         keys = {key(profile, run.setting) for run in study_runs(self.study, profile, seeds, self.methods)}
-        mark = "" if all(tuning(profile, name).get("interior") for name in keys) else f" {NOT_INTERIOR}"
-        return Claim(self.claim, self.paper, f"{found}{mark}", found.n, self.unit, self._holds(found))
+        marks = _marks([tuning(profile, name) for name in keys])
+        ours = f"{found} {marks}".rstrip()
+        return Claim(self.claim, self.paper, ours, found.n, self.unit, self._holds(found))
 
     def _holds(self, found: Estimate) -> bool:
         if math.isnan(found.mean):
@@ -76,6 +80,12 @@ class Question:
             return False
         # a lower bound can show that a ratio is at least something, never that it is at most something
         return self.at_most is None or (found.mean <= self.at_most and not found.censored)
+
+
+def _marks(entries: Sequence[dict[str, Any]]) -> str:
+    """What has to be said of the tuning behind a row, from entries of tuned.json."""
+    outdone = any(entry["settings"].items() - entry["trials"][0].items() for entry in entries if "trials" in entry)
+    return ("" if all(entry.get("interior") for entry in entries) else NOT_INTERIOR) + (OUTDONE if outdone else "")
 
 
 class StepCost(Question):
@@ -260,11 +270,12 @@ def as_markdown(profiles: Sequence[str]) -> str:
     for rows in zip(*answers, strict=True):
         cells = [f"{row.ours}, n = {row.n}: {row.verdict}" if row.ours else NOT_RUN for row in rows]
         lines.append(f"| {rows[0].claim} | {rows[0].unit} | {rows[0].paper} | {' | '.join(cells)} |")
-    return _with_footnote("\n".join(lines))
+    return _with_footnotes("\n".join(lines))
 
 
-def _with_footnote(table: str) -> str:
-    return f"{table}\n\n{FOOTNOTE}" if NOT_INTERIOR in table else table
+def _with_footnotes(table: str) -> str:
+    """The table with what its marks mean, a paragraph each."""
+    return "\n\n".join([table, *(f"{mark} {text}" for mark, text in FOOTNOTES.items() if mark in table)])
 
 
 def as_text(rows: Sequence[Claim]) -> str:
@@ -273,4 +284,4 @@ def as_text(rows: Sequence[Claim]) -> str:
     cells += [(row.claim, row.paper, row.ours or "-", str(row.n or "-"), row.verdict) for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return _with_footnote("\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]]))
+    return _with_footnotes("\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]]))

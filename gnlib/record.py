@@ -122,8 +122,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _revision() -> str:
-    """$GNLIB_REVISION, where a copy of a checkout runs; else the checkout's commit, with `+` if it has local changes, or
-    `unknown` outside one."""
+    """$GNLIB_REVISION, for copies of a checkout; else its commit, with `+` for local changes; `unknown` outside one."""
     if "GNLIB_REVISION" in os.environ:
         return os.environ["GNLIB_REVISION"]
     command = ["git", "-C", str(home()), "describe", "--always", "--dirty=+", "--abbrev=12"]

@@ -111,7 +111,8 @@ def tuned(profile: str, settings: Sequence[Setting]) -> pd.DataFrame:
     for setting in settings:
         entry = _entry(profile, setting)
         chosen = {name.rpartition(".")[2]: value for name, value in entry["settings"].items()}
-        score = entry["trials"][0]["final_loss" if setting.budget else "steps_to_target"]
+        run = next(trial for trial in entry["trials"] if entry["settings"].items() <= trial.items())
+        score = run["final_loss" if setting.budget else "steps_to_target"]
         tail = {"score": score, "trials": len(entry["trials"]), "interior": entry["interior"]}
         rows[key(profile, setting)] = chosen | tail
     return pd.DataFrame.from_dict(rows, orient="index").fillna("-")

@@ -121,6 +121,19 @@ def test_a_claim_on_a_method_whose_tuning_is_not_interior_is_marked(home: Path) 
     assert "†" in as_text(rows).splitlines()[-1]  # with a footnote
 
 
+def test_a_claim_on_a_method_of_which_a_better_setting_was_found_since_is_marked(home: Path) -> None:
+    ship(home)
+    table, best = home / "data" / "records" / "tiny" / "tuned.json", {"method.inner.weight_decay": 0.1, "run": "b"}
+    entry = {"settings": {}, "interior": True, "trials": [best]}
+    table.write_text(json.dumps(json.loads(table.read_text()) | {"muon": entry}))
+    assert not [row for row in claims("tiny", seeds=SEEDS) if row.ours and "‡" in row.ours]
+    entry["settings"] = {"method.inner.weight_decay": 1e-3}  # as the records have it
+    table.write_text(json.dumps(json.loads(table.read_text()) | {"muon": entry}))
+    rows = claims("tiny", seeds=SEEDS)
+    assert {row.claim[:4] for row in rows if row.ours and row.ours.endswith("‡")} == {"Muon", "GN n", "When"}
+    assert "‡" in as_text(rows).splitlines()[-1]
+
+
 def test_records_of_different_texts_are_not_compared(home: Path) -> None:
     path = ship(home)["muon 1"]
     record = records.read(path)

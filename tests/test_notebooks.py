@@ -45,7 +45,7 @@ DRAWN: dict[str, dict[str, list[str] | None]] = {  # profile -> notebook -> meth
     "laptop": {stem: None for stem in FIGURES if stem not in WITHOUT_LAPTOP}
     | {"05_layerwise": ["gauss_newton", "layerwise"]},
     "tiny": dict.fromkeys(WITHOUT_LAPTOP),
-    "h200": {"01_iteration_complexity": ["gauss_newton", "prox_linear", "muon", "soap", "adamw"]},
+    "h200": {"01_iteration_complexity": None},
 }
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
