@@ -119,8 +119,6 @@ def test_without_one_of_its_records_a_notebook_fails_in_ci_with_the_command_to_r
     stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, study = next(path for path in NOTEBOOKS if path.stem == stem), FIGURES[stem][0]
-    profile = "tiny" if stem in WITHOUT_LAPTOP else "laptop"
-    needed = study_configs(study, profile, methods=DRAWN[profile][stem])[-1].recipe_id
     shutil.copytree(home() / "data" / "records", tmp_path / "data" / "records")
     monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
     monkeypatch.delenv("GNLIB_DATA", raising=False)
@@ -128,6 +126,8 @@ def test_without_one_of_its_records_a_notebook_fails_in_ci_with_the_command_to_r
     names: dict[str, object] = {}
     exec(cell(path, "parameters") + "\n" + cell(path, "imports"), names)
     exec(cell(path, "study"), names)  # all there
+    profile = str(names["profile"])
+    needed = study_configs(study, profile, methods=DRAWN[profile][stem])[-1].recipe_id
     (tmp_path / "data" / "records" / profile / f"{needed}.jsonl").unlink()
     with pytest.raises(StudyError, match=f"1 of .* missing.*{needed}.*; run: gnlib study {study} --profile {profile}"):
         exec(cell(path, "study"), names)

@@ -166,4 +166,4 @@ def test_a_variant_may_take_twice_the_steps_of_its_method() -> None:
     assert most_steps("laptop", Setting("cold_start")) == 10
     assert most_steps("laptop", Setting("gauss_newton", 128)) == 80
     assert most_steps("laptop", Setting("gauss_newton", 8192)) == 5  # no fewer at a larger batch
-    assert most_steps("laptop", Setting("adamw", 128)) == 256
+    assert most_steps("laptop", Setting("adamw", 128)) == 384
