@@ -27,7 +27,7 @@ from gnlib.study import StudyError, describe, expected, find, run_study, show_ro
 from gnlib.sweep import sweep as sweep_studies
 from gnlib.train import run_folder
 from gnlib.train import train as train_run
-from gnlib.tune import command_for
+from gnlib.tune import command_for, told
 from gnlib.tune import tune as tune_method
 from gnlib.variants import VARIANTS, find_setting, key
 
@@ -178,8 +178,7 @@ def tune(
             print(f"{command_for(profile, setting)}  # {state}")
             continue
         entry = tune_method(profile, setting, jobs, allow_run=not no_run)
-        where = "interior" if entry["interior"] else "NOT interior"
-        print(f"{key(profile, setting)}: {entry['settings']}, {where} among {len(entry['trials'])} trials", flush=True)
+        print(f"{key(profile, setting)}: {told(entry)}", flush=True)
 
 
 @app.command

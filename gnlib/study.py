@@ -183,8 +183,9 @@ def run_processes(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) 
     """`jobs` at a time (default: one a GPU, else as many as the cores allow), each with a progress bar."""
     waiting, failed = list(configs), []
     running: list[_Job] = []
+    shared = isinstance(jobs, Slots)  # by a sweep, which has a bar of its own
     slots = jobs if isinstance(jobs, Slots) else Slots(default_jobs(configs) if jobs is None else jobs)
-    overall = tqdm(total=len(waiting), desc=f"{len(waiting)} runs", unit="run", disable=len(waiting) < 2)
+    overall = tqdm(total=len(waiting), desc=f"{len(waiting)} runs", unit="run", disable=shared or len(waiting) < 2)
     try:
         while waiting or running:
             if slots.closed:

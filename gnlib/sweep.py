@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from threading import Timer
+
+from tqdm.auto import tqdm
 
 from gnlib.config import ConfigError
 from gnlib.profiles import tuning
 from gnlib.studies import study_runs
 from gnlib.study import Slots, StudyError, default_jobs, run_study
 from gnlib.train import pinned
-from gnlib.tune import tune
+from gnlib.tune import told, tune
 from gnlib.variants import Setting, key, setting_config, tunable
 
 
@@ -38,27 +41,42 @@ def sweep(
     runs = [run for name in names for run in study_runs(name, profile, seeds, methods, batches)]
     if not runs:
         raise ConfigError(f"batches: none of {', '.join(map(str, batches or ()))} is one of the studies'")
-    chains = _chains(profile, [run.setting for run in runs])
     slots = Slots(default_jobs([run.config for run in runs]) if jobs is None else jobs)
     pinned(runs[0].config)  # tokenises the text once, before many would wait for it
-    orders = list(dict.fromkeys(run.config.seed for run in runs))
-    waited_for: dict[str, Future[None]] = {}
-
-    def follow(name: str, members: list[Setting]) -> None:
-        base = tunable(members[0]).base
-        if base != name and base in waited_for:  # where the search starts depends on what is best for the base
-            waited_for[base].exception()
-        if tuned and not tuning(profile, name).get("interior"):
-            tune(profile, tunable(members[0]), jobs=slots)
-        run_study([setting_config(profile, s, seed) for s in members for seed in orders], profile, jobs=slots,
-                  allow_run=True)  # fmt: skip
-
-    with ThreadPoolExecutor(len(chains)) as threads, _stopping(slots, minutes):
-        for name in sorted(chains, key=lambda name: name != tunable(chains[name][0]).base):  # bases first
-            waited_for[name] = threads.submit(follow, name, chains[name])
-        problems = _problems(waited_for)
+    chains = _chains(profile, [run.setting for run in runs])
+    with tqdm(total=len(chains), desc=f"{len(chains)} settings", unit="setting") as bar:
+        orders = list(dict.fromkeys(run.config.seed for run in runs))
+        swept = _Sweep(profile, orders, tuned, slots, bar)
+        with ThreadPoolExecutor(len(chains)) as threads, _stopping(slots, minutes):
+            for name in sorted(chains, key=lambda name: name != tunable(chains[name][0]).base):  # bases first
+                swept.chains[name] = threads.submit(swept.follow, name, chains[name])
+            problems = _problems(swept.chains)
     if problems:
         raise StudyError("\n".join(problems))
+
+
+@dataclass
+class _Sweep:
+    """What its chains share."""
+
+    profile: str
+    orders: Sequence[int]
+    tuned: bool
+    slots: Slots
+    bar: tqdm[None]
+    chains: dict[str, Future[None]] = field(default_factory=dict)
+
+    def follow(self, name: str, members: Sequence[Setting]) -> None:
+        """One chain: wait for the base's, tune, run the data orders."""
+        base = tunable(members[0]).base
+        if base != name and base in self.chains:  # where the search starts depends on what is best for the base
+            self.chains[base].exception()
+        if self.tuned and not tuning(self.profile, name).get("interior"):
+            entry = tune(self.profile, tunable(members[0]), jobs=self.slots)
+            self.bar.write(f"{name}: {told(entry)}")
+        configs = [setting_config(self.profile, setting, seed) for setting in members for seed in self.orders]
+        run_study(configs, self.profile, jobs=self.slots, allow_run=True)
+        self.bar.update()
 
 
 def _chains(profile: str, settings: Iterable[Setting]) -> dict[str, list[Setting]]:

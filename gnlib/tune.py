@@ -232,6 +232,12 @@ def entry_of(axes: list[Axis], trials: Trials) -> dict[str, Any]:
     return {"settings": _settings(axes, _best(trials)), "interior": interior, "trials": [row(p) for p in ordered]}
 
 
+def told(entry: dict[str, Any]) -> str:
+    """An entry in a line."""
+    where = "interior" if entry["interior"] else "NOT interior"
+    return f"{entry['settings']}, {where} among {len(entry['trials'])} trials"
+
+
 def _merge(profile: str, name: str, entry: dict[str, Any]) -> None:
     path = records_folder(profile) / "tuned.json"
     with exclusive(path):  # several methods may be tuned at once

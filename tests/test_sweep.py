@@ -39,13 +39,14 @@ class Calls:
         monkeypatch.setattr(sweeping, "run_study", self.run)
         self.failing = ""
 
-    def tune(self, profile: str, setting: Setting, jobs: Slots) -> None:
+    def tune(self, profile: str, setting: Setting, jobs: Slots) -> dict[str, object]:
         time.sleep(0.01)
         with self.lock:
             self.events.append(("tune", key(profile, setting)))
             self.slots.add(id(jobs))
         if self.failing == key(profile, setting):
             raise StudyError("AdamW failed\nand again")
+        return {"settings": {"method.inner.lr": 0.1}, "interior": True, "trials": []}
 
     def run(self, configs: Sequence[RunConfig], profile: str, jobs: Slots, allow_run: bool) -> list[Record]:
         with self.lock:
@@ -84,6 +85,13 @@ def test_what_is_interior_is_not_tuned_again_nor_anything_on_request(monkeypatch
     calls.events.clear()
     sweep(["iteration_complexity"], "tiny", methods=["adamw", "muon"], seeds=[1], tuned=False)
     assert {what for what, _ in calls.events} == {"run"}
+
+
+def test_a_sweep_says_what_it_has_tuned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Calls(monkeypatch)
+    sweep(["iteration_complexity"], "tiny", methods=["adamw"], seeds=[1])
+    out, err = capsys.readouterr()
+    assert "adamw: {'method.inner.lr': 0.1}, interior among 0 trials" in out and "1 settings" in err
 
 
 def test_a_chain_that_fails_is_reported_and_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
