@@ -192,7 +192,6 @@ def run_processes(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) 
                 raise StudyError(f"stopped with {len(waiting) + len(running)} to run; the same command continues")
             while waiting and (slot := slots.take()) is not None:
                 running.append(_launch(waiting.pop(0), slot, keep_weights))
-            time.sleep(POLL_SECONDS)
             for job in running.copy():
                 _show(job)
                 if job.process.poll() is not None:
@@ -202,6 +201,7 @@ def run_processes(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) 
                     overall.update()
                     if job.process.returncode:
                         failed.append(_report(job))
+            time.sleep(POLL_SECONDS)  # here, so that another thread may take what was given back
     finally:
         for job in running:  # Ctrl-C: the runs continue from their checkpoints next time
             job.process.terminate()
