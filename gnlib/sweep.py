@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from gnlib.config import ConfigError
 from gnlib.profiles import tuning
-from gnlib.studies import study_runs
+from gnlib.studies import STUDIES, study_runs
 from gnlib.study import Slots, StudyError, default_jobs, run_study
 from gnlib.train import pinned
 from gnlib.tune import told, tune
@@ -38,6 +38,8 @@ def sweep(
     After `minutes`, what is under way is stopped and continues next time. StudyError, once all else has ended, with a
     line for each chain that failed or was stopped.
     """
+    if not names:
+        raise ConfigError(f"study: name at least one; allowed: {', '.join(STUDIES)}")
     runs = [run for name in names for run in study_runs(name, profile, seeds, methods, batches)]
     if not runs:
         raise ConfigError(f"batches: none of {', '.join(map(str, batches or ()))} is one of the studies'")

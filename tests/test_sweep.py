@@ -111,6 +111,11 @@ def test_only_the_batches_asked_for_are_run_and_others_are_refused(monkeypatch: 
         sweep(["critical_batch_size"], "tiny", batches=[17])
 
 
+def test_a_sweep_of_nothing_is_refused_with_the_studies_there_are() -> None:
+    with pytest.raises(ConfigError, match="study: name at least one; allowed: iteration_complexity, critical"):
+        sweep([], "tiny")
+
+
 def test_no_more_runs_than_slots_are_under_way_over_all_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     running, most, lock = [0], [0], threading.Lock()
 
