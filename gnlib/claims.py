@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from textwrap import wrap
 from typing import Any
 
 from gnlib import bench, measures
@@ -19,7 +21,7 @@ from gnlib.studies import STUDIES, present_records, study_runs
 from gnlib.study import of_one_text
 from gnlib.variants import find_setting, key
 
-NOT_RUN = "not run"
+NOT_RUN, UNDECIDED = "not run", "undecided"
 NOT_INTERIOR, OUTDONE = "†", "‡"
 FOOTNOTES = {
     NOT_INTERIOR: "a method's setting in the row lies at the edge of what was tried, or is not tuned by itself",
@@ -38,7 +40,8 @@ class Claim:
     """Seeds."""
     unit: str
     holds: bool | str
-    """Whether our figure is within the bound of the claim's text; `not run` without records."""
+    """Whether our figure is within the bound of the claim's text; `not run` without records, `undecided` where they
+    give no figure, or a lower bound that could still end on either side."""
 
     @property
     def verdict(self) -> str:
@@ -73,13 +76,14 @@ class Question:
         ours = f"{found} {marks}".rstrip()
         return Claim(self.claim, self.paper, ours, found.n, self.unit, self._holds(found))
 
-    def _holds(self, found: Estimate) -> bool:
+    def _holds(self, found: Estimate) -> bool | str:
         if math.isnan(found.mean):
-            return False
+            return UNDECIDED
         if self.at_least is not None and found.mean < self.at_least:
-            return False
-        # a lower bound can show that a ratio is at least something, never that it is at most something
-        return self.at_most is None or (found.mean <= self.at_most and not found.censored)
+            return UNDECIDED if found.censored else False  # the figure may be larger than its lower bound
+        if self.at_most is not None and found.mean <= self.at_most and found.censored:
+            return UNDECIDED
+        return self.at_most is None or found.mean <= self.at_most
 
 
 def _marks(entries: Sequence[dict[str, Any]]) -> str:
@@ -279,9 +283,14 @@ def _with_footnotes(table: str) -> str:
 
 
 def as_text(rows: Sequence[Claim]) -> str:
-    """An aligned table; columns claim, paper, ours, n, holds."""
+    """An aligned table; columns claim, paper, ours, n, holds; long texts go on in the next line."""
     cells = [("claim", "paper", "ours", "n", "holds")]
     cells += [(row.claim, row.paper, row.ours or "-", str(row.n or "-"), row.verdict) for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(5)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    wrapped = [[wrap(text, width) for text, width in zip(row, (54, 22, 18, 3, 10), strict=True)] for row in cells]
+    widths = [max(len(line) for row in wrapped for line in row[column]) for column in range(5)]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(parts, widths, strict=True)).rstrip()
+        for row in wrapped
+        for parts in zip_longest(*row, fillvalue="")
+    ]
     return _with_footnotes("\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]]))

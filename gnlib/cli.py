@@ -25,7 +25,7 @@ from gnlib.profiles import METHODS, MORE_METHODS, PROFILES, find_profile, run_co
 from gnlib.studies import study_configs, tuned_settings
 from gnlib.study import StudyError, describe, expected, find, run_study, show_row
 from gnlib.sweep import sweep as sweep_studies
-from gnlib.train import run_folder
+from gnlib.train import check, pinned, run_folder
 from gnlib.train import train as train_run
 from gnlib.tune import command_for, told
 from gnlib.tune import tune as tune_method
@@ -79,11 +79,14 @@ def train(
     """
     changes = dict(_assignment(text) for text in set)
     chosen = RunConfig.load(config).replace(changes) if config else run_config(profile, method, seed, changes)
+    check(chosen)
+    chosen = pinned(chosen)
     with tqdm(total=chosen.outer_steps, desc=describe(chosen), unit="step", disable=quiet) as bar:
         record = train_run(chosen, on_row=lambda _, row: show_row(bar, row), keep_weights=keep_weights)
     last = record.rows[-1]
     where = run_folder(record.config)
-    print(f"{record.status} at step {last['outer_step']}, validation loss {last['val_loss']}: {where}")
+    loss = "not finite" if last["val_loss"] is None else f"{last['val_loss']:.4f}"
+    print(f"{record.status} at step {last['outer_step']}, validation loss {loss}: {where}")
 
 
 @app.command
@@ -113,6 +116,9 @@ def study(
     records = find(configs, profile, fresh)
     missing = [config for config, record in zip(configs, records, strict=True) if record is None]
     print(f"{name}, profile {profile}: {len(configs)} runs, {expected(missing, profile, jobs)}", flush=True)
+    rough = [entry for entry in tuned_settings(name, profile, methods) if not tuning(profile, entry).get("interior")]
+    if missing and rough:
+        print(f"not tuned, or not until interior: {', '.join(rough)}; `gnlib sweep {name} --profile {profile}` does")
     if dry_run:
         for config in missing:
             print(f"  {describe(config)}, {config.outer_steps} steps of {config.outer_batch_tokens} tokens")

@@ -46,6 +46,7 @@ def styles() -> dict[str, Style]:
     own, spare = colours(), sns.color_palette("colorblind")[6:]
     dashes = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
     found: dict[str, Style] = {name: {"color": colour, "linestyle": dashes[0]} for name, colour in own.items()}
+    found[METHODS["prox_linear"].label]["linestyle"] = dashes[1]  # it lies on Gauss-Newton's line
     for variant in VARIANTS.values():
         colour, dash = variant.line
         chosen = spare[colour] if isinstance(colour, int) else own[METHODS[colour or variant.base].label]
@@ -78,6 +79,8 @@ def _seeds(frame: pd.DataFrame) -> str:
 
 def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", title: str = "") -> Figure:
     """Validation loss against `axis` (a key of AXES), one line a method, seeds as a band from lowest to highest."""
+    from matplotlib.ticker import EngFormatter
+
     if axis not in AXES:
         raise ConfigError(f"axis: no axis {axis!r}; allowed: {', '.join(AXES)}")
     with _figure(title, _seeds(curves)) as (figure, axes):
@@ -87,6 +90,8 @@ def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", t
         axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
         axes.text(1.01, target, f"target\n{target:g}", va="center", transform=axes.get_yaxis_transform())
         axes.set(xlabel=AXES[axis], ylabel=LOSS)
+        if axis in ("tokens", "flops"):
+            axes.xaxis.set_major_formatter(EngFormatter())  # 20 M, not 0.2 beside a detached 1e8
     return figure
 
 

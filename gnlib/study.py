@@ -145,9 +145,9 @@ def expected(configs: Sequence[RunConfig], profile: str, jobs: int | None = None
 
 
 def describe(config: RunConfig) -> str:
-    """A run in a few words."""
-    inner = config.method.inner
-    return f"{label(config)}, batch {config.outer_batch}, lr {inner.lr:g}, seed {config.seed} ({config.recipe_id})"
+    """A run in a few words, with the name of its folder, or before its text is prepared that of a shipped record."""
+    name = config.run_id if config.data.fingerprint else config.recipe_id
+    return f"{label(config)}, batch {config.outer_batch}, lr {config.method.inner.lr:g}, seed {config.seed} ({name})"
 
 
 def _unended(config: RunConfig) -> bool:

@@ -53,7 +53,9 @@ def _solved_by(label: str, optimizer: str, line: tuple[str | int, int], **change
 
 VARIANTS: dict[str, Variant] = {
     "gauss_newton_no_search": Variant("GN, no line search", "gauss_newton", {"method.line_search": None}),
-    "prox_linear_no_search": Variant("GN-prox-linear, no line search", "prox_linear", {"method.line_search": None}),
+    "prox_linear_no_search": Variant(
+        "GN-prox-linear, no line search", "prox_linear", {"method.line_search": None}, line=("", 2)
+    ),
     "matrixwise": Variant("Per-matrix GN", "gauss_newton", {"method.blocks": "matrix"}, line=("layerwise", 1)),
     "global_inner_cosine": _scheduled("global + inner cosine", "global_inner_cosine", 0),
     "constant_inner_cosine": _scheduled("constant + inner cosine", "constant_inner_cosine", 1),
