@@ -138,10 +138,11 @@ def _batch_axis(axes: Axes, frame: pd.DataFrame) -> None:
 
 def _plain_ticks(axis: Axis) -> None:
     """1, 2, 5, 10, 20, ... on a logarithmic axis."""
-    from matplotlib.ticker import LogLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())  # which would label 3 and 4 where the axis is short
 
 
 def loss_by_batch(ends: pd.DataFrame, axis: str = "batch", title: str = "") -> Figure:
