@@ -40,7 +40,7 @@ FIGURES: dict[str, tuple[str, Table]] = {  # notebook -> study, table
     "08_inner_solver": ("inner_solver", curves),
     "09_stateless_optimizers": ("stateless", curves),
 }
-WITHOUT_LAPTOP = ["03_fixed_budget", "06_schedules", "08_inner_solver"]  # on tiny
+WITHOUT_LAPTOP = ["03_fixed_budget", "08_inner_solver"]  # on tiny
 DRAWN: dict[str, dict[str, list[str] | None]] = {  # profile -> notebook -> methods; None is all
     "laptop": {stem: None for stem in FIGURES if stem not in WITHOUT_LAPTOP}
     | {"05_layerwise": ["gauss_newton", "layerwise"]},
