@@ -26,6 +26,7 @@ AXES = {
     "wall_s": "Seconds",
 }
 WIDTH = 5.5  # inches: one column
+LEGEND = 20  # characters of a label, three of which fit the width
 LOSS = "Validation loss (nats per token)"
 
 Style = dict[str, Any]  # keyword arguments of Axes.plot
@@ -64,7 +65,8 @@ def _figure(title: str, note: str, height: float = 3.7) -> Iterator[tuple[Figure
         figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
         yield figure, axes
         axes.set_title(f"{title}\n{note}", fontsize="medium")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
+        figure.legend(loc="outside lower center", ncols=3 if longest <= LEGEND else 2, frameon=False)
     plt.close(figure)  # the notebook shows the returned figure once
 
 
