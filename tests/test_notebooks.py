@@ -40,10 +40,13 @@ FIGURES: dict[str, tuple[str, Table]] = {  # notebook -> study, table
     "08_inner_solver": ("inner_solver", curves),
     "09_stateless_optimizers": ("stateless", curves),
 }
-WITHOUT_LAPTOP = ["03_fixed_budget", "08_inner_solver"]  # on tiny
+WITHOUT_LAPTOP = ["03_fixed_budget"]  # on tiny
 DRAWN: dict[str, dict[str, list[str] | None]] = {  # profile -> notebook -> methods; None is all
     "laptop": {stem: None for stem in FIGURES if stem not in WITHOUT_LAPTOP}
-    | {"05_layerwise": ["gauss_newton", "layerwise"]},
+    | {
+        "05_layerwise": ["gauss_newton", "layerwise"],
+        "08_inner_solver": ["gauss_newton", "inner_adamw", "inner_soap", "quarter_n", "half_n", "double_n"],
+    },
     "tiny": dict.fromkeys(WITHOUT_LAPTOP),
     "h200": {"01_iteration_complexity": None},
 }
@@ -86,9 +89,10 @@ def test_no_trace_of_one_execution_is_left(path: Path) -> None:
 RUNNING = [path for path in NOTEBOOKS if not path.stem.startswith(("00", "12"))]  # these have no runs
 CHOSEN: dict[str, dict[str, Any]] = {
     "05_layerwise": {"methods": None},
+    "08_inner_solver": {"methods": None},
     "10_your_own_optimizer": {"methods": ["gauss_newton", "adamw"], "batches": [64], "trials": 1},
     "11_learning_rates": {"methods": ["adamw"]},
-}  # in the tiny profile: all of 05, less of the others
+}  # in the tiny profile: all of 05 and 08, less of the others
 
 
 @pytest.mark.parametrize("path", RUNNING, ids=lambda path: path.stem)
