@@ -168,6 +168,7 @@ def sweeps(trials: pd.DataFrame, title: str = "") -> Figure:
             style = styles()[own["method"].iloc[0]]
             axes.plot(best.index, best, marker="o", markersize=2.5, linewidth=1.2, label=name, **style)
         axes.set(xscale="log", xlabel="Learning rate", ylabel="Score / that of the tuned setting")
+        _plain_ticks(axes.xaxis)
     return figure
 
 
@@ -179,6 +180,7 @@ def rates_by_batch(trials: pd.DataFrame, title: str = "") -> Figure:
             own = best[best["method"] == name]
             axes.plot(own["batch"], own["lr"], marker="o", markersize=3, linewidth=1.2, label=name, **styles()[name])
         axes.set(yscale="log", ylabel="Tuned learning rate")
+        _plain_ticks(axes.yaxis)
         _batch_axis(axes, best)
     return figure
 
