@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,3 +24,12 @@ def _one_thread_and_one_seed() -> Iterator[None]:
 def case(request: pytest.FixtureRequest) -> Case:
     """Each tiny model with its loss and batch, freshly built."""
     return CASES[request.param]()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home of gnlib, where training is allowed."""
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("CI", raising=False)
+    return tmp_path

@@ -19,13 +19,7 @@ from gnlib.study import Slots, StudyError
 from gnlib.sweep import sweep
 from gnlib.variants import Setting, key
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
-    monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "data"))
-    monkeypatch.delenv("CI", raising=False)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 class Calls:

@@ -25,6 +25,8 @@ from gnlib.study import StudyError
 from gnlib.tune import STEPS, command_for, ensure_tuned, score, tune
 from gnlib.variants import Setting, setting_config
 
+pytestmark = pytest.mark.usefixtures("home")
+
 TARGET = find_profile("laptop").target
 
 Surface = Callable[[float, int], float]  # learning rate, outer steps -> steps to the target
@@ -54,14 +56,6 @@ class Runs:
         return [config for configs in self.rounds for config in configs]
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
-    monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "data"))
-    monkeypatch.delenv("CI", raising=False)
-    return tmp_path
-
-
 def runs_on(surface: Surface, monkeypatch: pytest.MonkeyPatch) -> Runs:
     runs = Runs(lambda config: surface(config.method.inner.lr, config.outer_steps))
     monkeypatch.setattr(tuning, "run_study", runs)
@@ -88,7 +82,7 @@ def test_the_search_ends_at_the_optimum_with_worse_neighbours_on_both_sides(
     assert entry["interior"] is (steps < 96)
     tried = {(trial["method.inner.lr"], trial["outer_steps"]) for trial in entry["trials"]}
     rung = STEPS.index(steps)
-    beside = [(lr, STEPS[rung - 1])] + [(lr, STEPS[rung + 1])] * (steps < 64)
+    beside = [(lr, STEPS[rung - 1])] + [(lr, STEPS[rung + 1])] * (steps < 96)
     assert {(lr / 2, steps), (2 * lr, steps), *beside} <= tried
     assert table(home) == {"adamw": entry}
     assert run_config("laptop", "adamw", seed=2).method.inner.lr == lr
