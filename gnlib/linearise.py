@@ -116,11 +116,11 @@ class DecoderLinearisation(Linearisation):
         return compiled_once(rule) if self.compiled else rule
 
     def _through(self, block: Block, x: Tensor) -> Tensor:
-        query, key, q, k, v = self.run(Block.before)(block, x, self.rotation)
+        attention_in, query, key, q, k, v = self.run(Block.before)(block, x, self.rotation)
         attention = Attention.of(q, k, v)
         y = attention.y.detach()
-        middle, hidden, out = self.run(Block.after)(block, x, y)
-        self.tapes.append(BlockTape(x, query, key, q, k, v, y, middle, hidden))
+        middle, mlp_in, hidden, activated, out = self.run(Block.after)(block, x, y)
+        self.tapes.append(BlockTape(x, attention_in, query, key, q, k, v, y, middle, mlp_in, hidden, activated))
         self.attentions.append(attention)
         return out
 

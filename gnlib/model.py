@@ -22,10 +22,10 @@ Rotation = Tensor | tuple[Tensor, Tensor]  # cosines and sines, each [S, K/2]
 
 
 class BlockTape(NamedTuple):
-    """What a block computed on the way, for its tangent and pullback; norms and GELU are recomputed, which is cheaper
-    than keeping them."""
+    """What a block computed on the way, for its tangent and pullback."""
 
     x: Tensor  # [B, S, D] the block's input
+    attention_in: Tensor  # [B, S, D] normed
     query: Tensor  # [B, S, D] before its LayerNorm
     key: Tensor  # [B, S, D] before its LayerNorm
     q: Tensor  # [B, H, S, K] normed and rotated
@@ -33,7 +33,9 @@ class BlockTape(NamedTuple):
     v: Tensor  # [B, H, S, K]
     y: Tensor  # [B, H, S, K] the heads' outputs
     middle: Tensor  # [B, S, D] after attention
+    mlp_in: Tensor  # [B, S, D] normed
     hidden: Tensor  # [B, S, M] before GELU
+    activated: Tensor  # [B, S, M] after it
 
 
 class Block(nn.Module):
@@ -57,23 +59,27 @@ class Block(nn.Module):
         """[B, S, D] -> [B, H, S, K]."""
         return x.unflatten(-1, (self.head_count, -1)).transpose(1, 2)
 
-    def before(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What comes before attention: query, key [B, S, D] and the heads' q, k, v [B, H, S, K]."""
+    def before(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What comes before attention: its input, query, key [B, S, D] and the heads' q, k, v [B, H, S, K]."""
         attention_in = self.norm1(x)
         query, key = self.query(attention_in), self.key(attention_in)
         q = rotate(self.split(self.query_norm(query)), rotation)
         k = rotate(self.split(self.key_norm(key)), rotation)
         v = self.split(self.value(attention_in))
-        return query, key, q.to(v.dtype), k.to(v.dtype), v  # under autocast the norms return fp32, attention wants one
+        # under autocast the norms return fp32, where attention wants one dtype and products have cast already
+        return attention_in.to(v.dtype), query, key, q.to(v.dtype), k.to(v.dtype), v
 
-    def after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What comes after it: middle [B, S, D], hidden [B, S, M] and the block's output [B, S, D]."""
+    def after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What comes after it: middle and the MLP's input [B, S, D], hidden before and after GELU [B, S, M], and the
+        block's output [B, S, D]."""
         middle = x + self.out(merge(y))
-        hidden = self.up(self.norm2(middle))
-        return middle, hidden, middle + self.down(F.gelu(hidden))
+        mlp_in = self.norm2(middle)
+        hidden = self.up(mlp_in)
+        activated = F.gelu(hidden)
+        return middle, mlp_in.to(hidden.dtype), hidden, activated, middle + self.down(activated)
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        _, _, *heads = self.before(x, rotation)
+        _, _, _, *heads = self.before(x, rotation)
         return self.after(x, attention(*heads))[-1]
 
 

@@ -143,7 +143,7 @@ PROFILES: dict[str, Profile] = {
             },
             {"outer_steps": 32, "method.inner.warmup": 3, "compute.micro_batch": 32},
             target=4.05,
-            most_steps=(5, 96),
+            most_steps=(6, 96),
             batches=(128, 512, 2048),
             budget=16384,
             methods={

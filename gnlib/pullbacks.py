@@ -10,15 +10,14 @@ Only attention is left to autograd, whose fused kernels differ from device to de
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gnlib.model import Block, BlockTape, attention, merge, rotate
-from gnlib.tangents import Heads, along_normed, centred, gelu, layer_normed, rms_normed
+from gnlib.tangents import PROJECTIONS, Heads, along_normed, centred, gelu, layer_normed, rms_normed
 
 Gradients = dict[str, Tensor]  # by a block's own parameter names
 
@@ -80,11 +79,11 @@ def after(block: Block, tape: BlockTape, u: Tensor, names: Collection[str]) -> t
     """
     found: Gradients = {}
     if "down.weight" in names:
-        found["down.weight"] = weight_gradient(F.gelu(tape.hidden), block.down.weight, u)
+        found["down.weight"] = weight_gradient(tape.activated, block.down.weight, u)
     uhidden = gelu(tape.hidden, (u @ block.down.weight).to(tape.hidden.dtype))
     assert uhidden is not None
     if "up.weight" in names:
-        found["up.weight"] = weight_gradient(block.norm2(tape.middle), block.up.weight, uhidden)
+        found["up.weight"] = weight_gradient(tape.mlp_in, block.up.weight, uhidden)
     umiddle, scale = rms_norm(tape.middle, block.norm2.weight, uhidden @ block.up.weight)
     u = u + umiddle
     if "norm2.weight" in names:
@@ -104,13 +103,19 @@ def before(
     uquery, query_scale = layer_norm(tape.query, block.query_norm.weight, merge(unrotate(uheads[0], rotation)))
     ukey, key_scale = layer_norm(tape.key, block.key_norm.weight, merge(unrotate(uheads[1], rotation)))
     found = {"query_norm.weight": query_scale, "key_norm.weight": key_scale}
-    projections = {"query": uquery, "key": ukey, "value": merge(uheads[2])}
-    wanted = [name for name in projections if f"{name}.weight" in names]
-    if wanted:
-        attention_in = block.norm1(tape.x)
-        for name in wanted:
-            weight = getattr(block, name).weight
-            found[f"{name}.weight"] = weight_gradient(attention_in, weight, projections[name])
-    uin = uquery @ block.query.weight + ukey @ block.key.weight + projections["value"] @ block.value.weight
+    weights = [getattr(block, name).weight for name in PROJECTIONS]
+    together = torch.cat([uquery.to(uheads[2].dtype), ukey.to(uheads[2].dtype), merge(uheads[2])], -1)
+    found |= _projection_gradients(tape.attention_in, weights, together, names)
+    uin = together @ torch.cat(weights)
     ux, found["norm1.weight"] = rms_norm(tape.x, block.norm1.weight, uin)
     return u + ux, {name: gradient for name, gradient in found.items() if name in names}
+
+
+def _projection_gradients(x: Tensor, weights: Sequence[Tensor], u: Tensor, names: Collection[str]) -> Gradients:
+    """Those asked for, of query, key and value; u [B, S, 3 D]. One product if all are."""
+    wanted = [f"{name}.weight" in names for name in PROJECTIONS]
+    if all(wanted):
+        gradients: Sequence[Tensor] = weight_gradient(x, weights[0], u).chunk(len(weights))
+        return {f"{name}.weight": gradient for name, gradient in zip(PROJECTIONS, gradients, strict=True)}
+    parts = zip(PROJECTIONS, wanted, weights, u.chunk(len(weights), -1), strict=True)
+    return {f"{name}.weight": weight_gradient(x, weight, part) for name, want, weight, part in parts if want}

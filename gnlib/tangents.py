@@ -10,7 +10,7 @@ affordable (arXiv 2510.09378, section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from gnlib.model import NORM_EPS, Block, BlockTape, merge, rotate
 
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v or their tangents, each [B, H, S, K]
 Tangents = Mapping[str, Tensor]  # parameter name -> tangent of its shape; a missing name is zero
+PROJECTIONS = ("query", "key", "value")
 
 
 def add(*terms: Tensor | None) -> Tensor | None:
@@ -29,11 +30,16 @@ def add(*terms: Tensor | None) -> Tensor | None:
 
 
 def linear(x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> Tensor | None:
-    """y = x W^T  ->  dy = dx W^T + x dW^T."""
-    return add(
-        None if dx is None else F.linear(dx, weight),
-        None if dweight is None else F.linear(x, dweight),
-    )
+    """y = x W^T  ->  dy = dx W^T + x dW^T.
+
+    Where y is wider than x that is one product, [dx, x] [W, dW]^T: two would write and read a dy more.
+    """
+    if dx is None or dweight is None or weight.shape[0] <= weight.shape[1]:
+        return add(
+            None if dx is None else F.linear(dx, weight),
+            None if dweight is None else F.linear(x, dweight),
+        )
+    return F.linear(torch.cat([dx.to(x.dtype), x], -1), torch.cat([weight, dweight], -1))
 
 
 def rms_norm(x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> Tensor | None:
@@ -113,19 +119,26 @@ def block(block: Block, rotation: Tensor, tape: BlockTape, dx: Tensor | None, d:
         return d.get(f"{name}.weight")
 
     din = rms_norm(tape.x, block.norm1.weight, dx, get("norm1"))
-    attention_in = block.norm1(tape.x) if d else tape.x  # where a weight moves; cheaper than keeping it
-    dquery = linear(attention_in, block.query.weight, din, get("query"))
+    dquery, dkey, dvalue = _projected(block, tape.attention_in, din, d)
     dquery = layer_norm(tape.query, block.query_norm.weight, dquery, get("query_norm"))
-    dkey = linear(attention_in, block.key.weight, din, get("key"))
     dkey = layer_norm(tape.key, block.key_norm.weight, dkey, get("key_norm"))
-    dvalue = linear(attention_in, block.value.weight, din, get("value"))
     dmixed = _attention_from(block, rotation, tape, dquery, dkey, dvalue)
     dmiddle = add(dx, linear(merge(tape.y), block.out.weight, dmixed, get("out")))
     din = rms_norm(tape.middle, block.norm2.weight, dmiddle, get("norm2"))
-    mlp_in = block.norm2(tape.middle) if d else tape.middle
-    dhidden = gelu(tape.hidden, linear(mlp_in, block.up.weight, din, get("up")))
-    activated = F.gelu(tape.hidden) if d else tape.hidden
-    return add(dmiddle, linear(activated, block.down.weight, dhidden, get("down")))
+    dhidden = gelu(tape.hidden, linear(tape.mlp_in, block.up.weight, din, get("up")))
+    return add(dmiddle, linear(tape.activated, block.down.weight, dhidden, get("down")))
+
+
+def _projected(block: Block, x: Tensor, dx: Tensor | None, d: Tangents) -> Sequence[Tensor | None]:
+    """Tangents of query, key and value: one product for all three where it can be."""
+    weights = [getattr(block, name).weight for name in PROJECTIONS]
+    dweights = [d.get(f"{name}.weight") for name in PROJECTIONS]
+    changed = [dweight for dweight in dweights if dweight is not None]
+    if dx is None or len(changed) not in (0, len(weights)):
+        return [linear(x, weight, dx, dweight) for weight, dweight in zip(weights, dweights, strict=True)]
+    together = linear(x, torch.cat(weights), dx, torch.cat(changed) if changed else None)
+    assert together is not None
+    return together.chunk(len(weights), -1)
 
 
 def _attention_from(

@@ -233,10 +233,10 @@ class _Products(TorchDispatchMode):
 
 
 def test_a_pullback_computes_no_weight_gradient_above_the_layers_that_are_asked_for() -> None:
-    """Six matrices a block: six products for the activations, six for the weights of a block that is asked for."""
+    """Query, key and value are one product: four a block for the activations, four for the weights of one asked for."""
     model = Decoder(VOCABULARY, 8, 16, 4, 2, LENGTH).double()
     here = DecoderLinearisation(model, tokens(2, LENGTH))
-    expected = {"embedding": 6 * 4, "block 0": 6 * 4 + 6, "block 2": 6 * 2 + 6, "block 3": 6 + 6, "final norm": 0}
+    expected = {"embedding": 4 * 4, "block 0": 4 * 4 + 4, "block 2": 4 * 2 + 4, "block 3": 4 + 4, "final norm": 0}
     layers = model.layers()
     asked = dict(zip(expected, [layers[0], layers[1], layers[3], layers[4], ["final_norm.weight"]], strict=True))
     for name, names in asked.items():
