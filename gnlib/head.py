@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gnlib.losses import ConvexLoss
+from gnlib.losses import ConvexLoss, has_kernel
 from gnlib.precision import compiled_once
 
 CHUNK_ELEMENTS = 2**28
@@ -73,7 +73,7 @@ def _tangent_product(x: Tensor, weight: Tensor, change: Change) -> tuple[Tensor,
 
 def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: ConvexLoss, compiled: bool = False) -> Tensor:
     """L(x W^T, targets) for features x [T, D], without a graph."""
-    run = compiled_once(_value) if compiled else _value
+    run = _value_by_kernel if has_kernel(loss, x) else compiled_once(_value) if compiled else _value
     weight = cast(weight)
     parts = [run(x[rows], weight, targets[rows], loss) * share for rows, share in _chunks(len(x), len(weight))]
     return torch.stack(parts).sum()
@@ -93,6 +93,12 @@ def _chunks(tokens: int, vocabulary: int) -> Iterator[tuple[slice, float]]:
 
 def _value(x: Tensor, weight: Tensor, targets: Tensor, loss: ConvexLoss) -> Tensor:
     return loss.value(F.linear(x, weight), targets)
+
+
+def _value_by_kernel(x: Tensor, weight: Tensor, targets: Tensor, loss: ConvexLoss) -> Tensor:
+    from gnlib import kernels  # needs Triton
+
+    return kernels.cross_entropy(F.linear(x, weight), targets)
 
 
 class _Sum:

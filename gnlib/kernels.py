@@ -7,8 +7,8 @@ Attention, without an S x S tensor: with S = q k^T / sqrt K, P = softmax(S), y =
 so that one sweep over the keys with a running maximum, as in flash attention (arXiv 2205.14135), accumulates all of it:
 five products of a tile where the forward has two. `gnlib.tangents.dense_attention` is the same in plain PyTorch.
 
-Cross-entropy, in two sweeps over a row of logits, the second out of the cache: `gnlib.objective` has the same in plain
-PyTorch, whose compiled form reads and writes the logits four times as long.
+Cross-entropy, in one sweep over a row of logits, and its expansion in two, the second out of the cache: `gnlib.losses`
+has the same in plain PyTorch, whose compiled form takes up to four times as long over them.
 
 Triton comes with the CUDA builds of torch; this module is imported where a GPU runs.
 """
@@ -181,3 +181,29 @@ def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tupl
         PROX=prox, COLUMNS=columns, num_warps=max(4, columns // 512),
     )  # fmt: skip
     return loss.mean(), value.mean(), v
+
+
+@triton.jit
+def _loss(Z, Y, LOSS, z_row, vocabulary, COLUMNS: tl.constexpr):
+    """One token's loss, in one sweep over its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * z_row
+    lanes = tl.arange(0, COLUMNS)
+    top = float("-inf")
+    total = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, vocabulary, COLUMNS):
+        z = tl.load(Z + start + lanes, mask=start + lanes < vocabulary, other=float("-inf")).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(z, 0))
+        total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
+        top = new_top
+    chosen = tl.load(Z + tl.load(Y + row)).to(tl.float32)
+    tl.store(LOSS + row, top + tl.log(tl.sum(total, 0)) - chosen)
+
+
+def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    """Mean over the n rows of -log softmax(z)[y]; z [n, V] contiguous in V, y [n]. Computed in fp32."""
+    n, vocabulary = z.shape
+    loss = torch.empty(n, dtype=torch.float32, device=z.device)
+    columns = min(8192, triton.next_power_of_2(vocabulary))
+    _loss[(n,)](z, y, loss, z.stride(0), vocabulary, COLUMNS=columns, num_warps=max(4, columns // 512))
+    return loss.mean()

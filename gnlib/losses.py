@@ -99,6 +99,12 @@ class MeanSquaredError:
         return z + torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
 
 
+def has_kernel(loss: ConvexLoss, z: Tensor) -> bool:
+    """Whether `gnlib.kernels` computes the loss of outputs like z [n, V]."""
+    # not isinstance: a class derived from it may change the loss
+    return z.is_cuda and z.ndim == 2 and z.dtype != torch.float64 and type(loss) is CrossEntropy
+
+
 def _minus_target(p: Tensor, y: Tensor) -> Tensor:
     """(p - onehot(y)) / n in the place of p [..., V], which is large."""
     index = y.unsqueeze(-1)

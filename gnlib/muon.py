@@ -35,7 +35,8 @@ class BatchedMuon(torch.optim.Muon):
                 chosen = [index for index, p in enumerate(parameters) if p.shape == shape]
                 update = orthogonalised(torch.stack([updates[index] for index in chosen]), group)
                 targets = [parameters[index] for index in chosen]
-                torch._foreach_add_(targets, list(update.to(targets[0].dtype)), alpha=-_adjusted(group, shape))
+                update = update.to(targets[0].dtype).contiguous()  # transposed ones would be added one by one
+                torch._foreach_add_(targets, list(update), alpha=-_adjusted(group, shape))
         return loss
 
 

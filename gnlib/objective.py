@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gnlib import head
 from gnlib.config import MethodConfig
 from gnlib.linearise import Parameters, linearise, outputs_of
-from gnlib.losses import ConvexLoss, CrossEntropy
+from gnlib.losses import ConvexLoss, CrossEntropy, has_kernel
 from gnlib.model import Decoder
 
 
@@ -88,10 +88,16 @@ class LinearisedObjective:
     def _with_ridge(
         self, delta: Parameters, value: Tensor, gradient: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds to `gradient` in its place."""
         if not self.ridge:
             return value, gradient
-        value = value + self.ridge * sum(d.square().mean() for d in delta.values())
-        return value, {name: g + 2 * self.ridge / g.numel() * delta[name] for name, g in gradient.items()}
+        deltas = list(delta.values())
+        lengths = torch._foreach_mul(torch._foreach_norm(deltas), [d.numel() ** -0.5 for d in deltas])
+        for size in {d.numel() for d in deltas}:  # a call for all tensors of a size
+            names = [name for name, d in delta.items() if d.numel() == size]
+            slopes = [gradient[name] for name in names]
+            torch._foreach_add_(slopes, [delta[name] for name in names], alpha=2 * self.ridge / size)
+        return value + self.ridge * torch.stack(lengths).square().sum(), gradient
 
 
 @torch.no_grad()
@@ -106,7 +112,7 @@ class GaussNewtonObjective(LinearisedObjective):
     """
 
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if _has_kernel(self.loss, z):
+        if has_kernel(self.loss, z):
             return cross_entropy_expansion(z, y, v, prox=False)
         if type(self.loss) is CrossEntropy:
             return self.loss.quadratic_model(z, y, v)
@@ -118,17 +124,12 @@ class ProxLinearObjective(LinearisedObjective):
     """L(z + v, y): the linearised model under the whole loss, with its higher-order terms (section 3, as above)."""
 
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if _has_kernel(self.loss, z):
+        if has_kernel(self.loss, z):
             return cross_entropy_expansion(z, y, v, prox=True)
         outputs = z.to(torch.promote_types(z.dtype, torch.float32)) + v
         if type(self.loss) is CrossEntropy:
             return self.loss.value(z, y), *self.loss.value_and_gradient(outputs, y)
         return self.loss.value(z, y), self.loss.value(outputs, y), self.loss.gradient(outputs, y)
-
-
-def _has_kernel(loss: ConvexLoss, z: Tensor) -> bool:
-    # not isinstance: a class derived from it may change the loss
-    return z.is_cuda and z.ndim == 2 and z.dtype != torch.float64 and type(loss) is CrossEntropy
 
 
 def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gnlib.config import ConfigError, RunConfig
-from gnlib.profiles import METHODS, MORE_METHODS, find_profile
+from gnlib.profiles import METHODS, find_profile
 from gnlib.record import Record
 from gnlib.study import find, run_study
 from gnlib.variants import Setting, find_setting, home_batch, key, setting_config, tunable
@@ -56,7 +56,7 @@ STUDIES: dict[str, Study] = {
         )
     ),
     "inner_solver": Study(("gauss_newton", "inner_adamw", "inner_soap", "inner_cg", "quarter_n", "half_n", "double_n")),
-    "more_baselines": Study(tuple(MORE_METHODS)),
+    "more_baselines": Study(("shampoo", "kfac", "sophia_g", "schedule_free", "adam", "sgd")),
     "stateless": Study(("sinkgd", "swan", "sinkgd_stateless", "muon", "adamw", "adam", "sgd"), "small", budget=True),
 }
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gnlib import head
 from gnlib.config import ComputeConfig
 from gnlib.losses import CrossEntropy
 from gnlib.model import Decoder
-from gnlib.objective import GaussNewtonObjective, LinearisedObjective, ProxLinearObjective
+from gnlib.objective import GaussNewtonObjective, LinearisedObjective, ProxLinearObjective, forward_loss
 from gnlib.precision import matmul_precision
 from gnlib.profiles import run_config
 from gnlib.tangents import attention, dense_attention
@@ -69,6 +70,22 @@ def _gradients(
     with matmul_precision(compute, torch.device(device)):
         found = kind(CrossEntropy(), compiled=compute.compile).evaluate(model, points, inputs, targets)
     return [evaluation.gradient for evaluation in found]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_the_line_searchs_loss_agrees_with_float64(
+    precision: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 100 * 301)  # several chunks
+    model = Decoder(301, 64, 96, 2, 2, 130)
+    model.initialise(0)
+    inputs, targets = torch.randint(301, (2, 3, 130), generator=torch.Generator().manual_seed(1))
+    expected = forward_loss(CrossEntropy())(model.double(), inputs, targets)
+    compute = ComputeConfig(precision=precision, compile=compiled)
+    with matmul_precision(compute, torch.device("cuda")):
+        found = forward_loss(CrossEntropy(), compiled)(model.to("cuda", torch.float32), inputs.cuda(), targets.cuda())
+    assert abs(found.item() - expected.item()) < BOUNDS[precision]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
