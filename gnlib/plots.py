@@ -166,7 +166,8 @@ def sweeps(trials: pd.DataFrame, title: str = "") -> Figure:
         for name, own in trials.groupby("entry", sort=False):
             best = own.groupby("lr")["excess"].min().dropna()
             style = styles()[own["method"].iloc[0]]
-            axes.plot(best.index, best, marker="o", markersize=2.5, linewidth=1.2, label=name, **style)
+            label = own["method"].iloc[0] + "".join(str(name).partition("@")[1:])
+            axes.plot(best.index, best, marker="o", markersize=2.5, linewidth=1.2, label=label, **style)
         axes.set(xscale="log", xlabel="Learning rate", ylabel="Score / that of the tuned setting")
         _plain_ticks(axes.xaxis)
     return figure
@@ -230,6 +231,7 @@ def step_parts(rows: Sequence[dict[str, Any]]) -> Figure:
         figure, axes = plt.subplots(figsize=(WIDTH, 1.1 + 0.9 * len(measured)), layout="constrained")
         names = [f"{row['size']}, {row['precision']}" for row in measured]
         whole = [standard[row["size"], row["precision"]] for row in measured]
+        axes.barh([f"{kind}, {name}" for name in names for kind in ("standard", "GN")], 0)  # their order
         axes.barh([f"standard, {name}" for name in names], whole, color="0.6")
         left = [0.0] * len(measured)
         for part, colour in zip(measured[0]["parts"], sns.color_palette("colorblind"), strict=False):

@@ -36,10 +36,13 @@ Trials = dict[Point, tuple[Score, RunConfig]]
 
 
 class Axis:
-    """One tuned field with its grid: index 0 is the value that the search starts from."""
+    """One tuned field with its grid: index 0 is the value that the search starts from.
 
-    def __init__(self, field: str, value: Callable[[int], float | int | None]) -> None:
-        self.field, self.value = field, value
+    Beyond its upper end there is nothing to try, or (`capped`) what the profile does not allow.
+    """
+
+    def __init__(self, field: str, value: Callable[[int], float | int | None], capped: bool = True) -> None:
+        self.field, self.value, self.capped = field, value, capped
 
 
 def geometric(field: str, start: float, factor: float = 2.0) -> Axis:
@@ -47,11 +50,11 @@ def geometric(field: str, start: float, factor: float = 2.0) -> Axis:
     return Axis(field, lambda index: float(f"{start * factor**index:.4g}"))
 
 
-def ladder(field: str, start: int, values: Sequence[int], most: int) -> Axis:
+def ladder(field: str, start: int, values: Sequence[int], most: int, capped: bool = True) -> Axis:
     """The values up to `most`; None beyond either end."""
     rungs = [value for value in values if value <= most]
     origin = min(range(len(rungs)), key=lambda i: abs(rungs[i] - start))
-    return Axis(field, lambda index: rungs[origin + index] if 0 <= origin + index < len(rungs) else None)
+    return Axis(field, lambda index: rungs[origin + index] if 0 <= origin + index < len(rungs) else None, capped)
 
 
 def axes_of(profile: str, setting: Setting) -> list[Axis]:
@@ -68,7 +71,10 @@ def axes_of(profile: str, setting: Setting) -> list[Axis]:
     most = config.outer_steps if setting.budget else most_steps(profile, setting)
     if not (setting.budget or inner.schedule == "constant"):  # where the length changes nothing before its end
         axes.append(ladder("outer_steps", config.outer_steps, STEPS, most))
-    return axes if setting.is_gauss_newton else [*axes, ladder("method.inner.warmup", inner.warmup, WARMUPS, most)]
+    if setting.is_gauss_newton:
+        return axes
+    capped = not setting.budget  # there the warm-up may be the whole run, and no longer
+    return [*axes, ladder("method.inner.warmup", inner.warmup, WARMUPS, most, capped)]
 
 
 def score(record: Record, target: float) -> Score:
@@ -163,7 +169,7 @@ def open_fields(axes: list[Axis], trials: Trials) -> list[str]:
     The profile's cap on outer steps closes their axis if the last extension gained less than 0.5 %.
     """
     beside = neighbours(_best(trials))
-    missing = [point not in trials and not _below(axes, point) for point in beside]
+    missing = [point not in trials and not _beyond(axes, point) for point in beside]
     return [
         axis.field
         for index, axis in enumerate(axes)
@@ -201,10 +207,10 @@ def neighbours(point: Point) -> list[Point]:
     return [(*point[:axis], point[axis] + step, *point[axis + 1 :]) for axis in range(len(point)) for step in (-1, 1)]
 
 
-def _below(axes: list[Axis], point: Point) -> bool:
-    """Beyond the lower end of an axis, where there is nothing to try; at its upper end it was a cap that stopped us."""
+def _beyond(axes: list[Axis], point: Point) -> bool:
+    """Beyond an end of an axis where there is nothing to try; at a capped upper end it was the cap that stopped us."""
     pairs = zip(axes, point, strict=True)
-    return any(axis.value(index) is None and axis.value(index + 1) is not None for axis, index in pairs)
+    return any(axis.value(i) is None and (axis.value(i + 1) is not None or not axis.capped) for axis, i in pairs)
 
 
 def _settings(axes: list[Axis], point: Point) -> Changes | None:

@@ -40,15 +40,9 @@ FIGURES: dict[str, tuple[str, Table]] = {  # notebook -> study, table
     "08_inner_solver": ("inner_solver", curves),
     "09_stateless_optimizers": ("stateless", curves),
 }
-WITHOUT_LAPTOP = ["03_fixed_budget"]  # on tiny
 DRAWN: dict[str, dict[str, list[str] | None]] = {  # profile -> notebook -> methods; None is all
-    "laptop": {stem: None for stem in FIGURES if stem not in WITHOUT_LAPTOP}
-    | {
-        "05_layerwise": ["gauss_newton", "layerwise"],
-        "08_inner_solver": ["gauss_newton", "inner_adamw", "inner_soap", "quarter_n", "half_n", "double_n"],
-    },
-    "tiny": dict.fromkeys(WITHOUT_LAPTOP),
-    "h200": {"01_iteration_complexity": None},
+    "laptop": dict.fromkeys(FIGURES) | {"05_layerwise": ["gauss_newton", "layerwise"]},
+    "h200": dict.fromkeys(["01_iteration_complexity", "04_prox_linear", "07_line_search"]),
 }
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))

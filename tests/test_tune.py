@@ -22,7 +22,7 @@ from gnlib.files import replacing
 from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
 from gnlib.study import StudyError
-from gnlib.tune import STEPS, command_for, ensure_tuned, score, tune
+from gnlib.tune import STEPS, axes_of, command_for, ensure_tuned, open_fields, score, tune
 from gnlib.variants import Setting, setting_config
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -295,6 +295,18 @@ def test_at_a_budget_the_final_loss_decides_and_the_length_is_given(
     assert entry["settings"]["method.inner.lr"] == 0.04 and "outer_steps" not in entry["settings"]
     assert entry["trials"][0]["steps_to_target"] is None and entry["interior"] is True
     assert list(table(home)) == ["gauss_newton@2048:budget"]
+
+
+@pytest.mark.parametrize("budget", [True, False])
+def test_a_warm_up_of_the_whole_run_is_interior_at_a_budget_only(budget: bool) -> None:
+    """At a budget nothing is beyond it; else the profile's cap on outer steps is what it ends at."""
+    setting = Setting("soap", 2048, budget)
+    axis = axes_of("laptop", setting)[-1]
+    start = setting_config("laptop", setting)
+    last = max(index for index in range(-20, 20) if axis.value(index) is not None)
+    assert axis.value(last) == (start.outer_steps if budget else find_profile("laptop").most_steps[1])
+    trials = {(last - 1,): ((3.0, 4.0), start), (last,): ((2.0, 4.0), start)}
+    assert open_fields([axis], trials) == ([] if budget else ["method.inner.warmup"])
 
 
 def test_conjugate_gradients_are_tuned_by_their_damping_alone(monkeypatch: pytest.MonkeyPatch) -> None:
