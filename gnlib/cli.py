@@ -19,6 +19,7 @@ from gnlib import export as exports
 from gnlib import readme as readme_table
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import replacing
+from gnlib.heldout import heldout
 from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import METHODS, MORE_METHODS, PROFILES, find_profile, run_config, tuning
@@ -91,6 +92,24 @@ def train(
     where = run_folder(record.config)
     loss = "not finite" if last["val_loss"] is None else f"{last['val_loss']:.4f}"
     print(f"{record.status} at step {last['outer_step']}, validation loss {loss}: {where}")
+
+
+@app.command
+def evaluate(run: Name, text: Name, documents: int | None = None, json: Path | None = None) -> None:
+    """Measure a run's loss on another text, read with the run's tokenizer.
+
+    Args:
+        run: Name or folder of a run made with `gnlib train --keep-weights`.
+        text: A .txt, .jsonl or .parquet file (also .gz, .zst), a folder of them, docstrings or c4.
+        documents: Only so many, from the start; needed for c4.
+        json: Where to write the figures as an object.
+    """
+    found = heldout(run, text, documents)
+    print(f"{found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte: {text}")
+    print(f"{found.documents:,} documents, {found.tokens:,} tokens")
+    if json:
+        with replacing(json) as temporary:
+            temporary.write_text(_dumps({"run": run, "text": text, **found._asdict()}) + "\n")
 
 
 @app.command

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from gnlib import corpus
 from gnlib.config import ConfigError, DataConfig
 from gnlib.data import SPLITS, Split, TokenFiles
 from gnlib.files import data_folder, exclusive, replacing
-
-END_OF_TEXT = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[EOS]", "<|eot_id|>")  # the first one present
+from gnlib.tokenizer import end_of_text, kept_tokenizer, tokenizer_file
 
 _FORMAT = 1  # raise it when the same text would give other tokens
 _BPE_CHARACTERS = 20_000_000  # of training text, from the start
@@ -90,7 +89,7 @@ def _folder(config: DataConfig) -> Path:
 def _inputs(config: DataConfig) -> dict[str, Any]:
     if config.source == "c4" and config.max_tokens is None:
         raise ConfigError("data.max_tokens: c4 has 156 billion tokens; set a number of training tokens")
-    file = _tokenizer_file(config.tokenizer)
+    file = tokenizer_file(config.tokenizer)
     return _settings(config) | {
         "format": _FORMAT,
         "text": [] if config.source == "synthetic" else corpus.identity(config.source),
@@ -107,8 +106,8 @@ def _build(config: DataConfig, folder: Path, progress: bool) -> None:
     if config.source == "synthetic":
         end, counts = None, _write_synthetic(config, part, dtype)
     else:
-        tokenizer = _tokenizer(config, part / "tokenizer.json")
-        end = _end_of_text(tokenizer, config)
+        tokenizer = kept_tokenizer(config, part / "tokenizer.json", _training_text(config))
+        end = end_of_text(tokenizer, config.tokenizer, config.vocabulary)
         counts = _write_tokens(config, part, dtype, tokenizer, end, progress)
     hashes: dict[str, str] = {split: _sha256(part / f"{split}.bin") for split in SPLITS}
     meta = {
@@ -125,42 +124,7 @@ def _build(config: DataConfig, folder: Path, progress: bool) -> None:
     os.rename(part, folder)
 
 
-# Tokenizers
-
-
-def _tokenizer_file(name: str) -> Path | None:
-    """The tokenizer.json that `name` is the path or the folder of; None for `bpe` and a name on Hugging Face."""
-    path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
-    if name == "bpe" or not (path.is_file() or name.endswith(".json") or name.startswith((".", "/", "~"))):
-        return None
-    if not path.is_file():
-        raise ConfigError(f"data.tokenizer: {path}: no such file; allowed: bpe, a tokenizer.json, a Hugging Face name")
-    return path
-
-
-def _tokenizer(config: DataConfig, saved: Path) -> Tokenizer:
-    """Train or load it, and keep a copy in `saved`, which a resumed preparation uses."""
-    if not saved.exists():
-        tokenizer = _trained(config) if config.tokenizer == "bpe" else _loaded(config.tokenizer)
-        with replacing(saved) as temporary:
-            tokenizer.save(str(temporary))
-    tokenizer = Tokenizer.from_file(str(saved))
-    tokenizer.no_truncation()  # saved with many tokenizers, for the model that they came with
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # "<eos>" in a text is five characters, not the end of a document
-    return tokenizer
-
-
-def _trained(config: DataConfig) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(_training_text(config), trainer)
-    return tokenizer
+# Token files
 
 
 def _training_text(config: DataConfig) -> Iterator[str]:
@@ -171,30 +135,6 @@ def _training_text(config: DataConfig) -> Iterator[str]:
             characters += len(piece.text)
             if characters >= _BPE_CHARACTERS:
                 return
-
-
-def _loaded(name: str) -> Tokenizer:
-    file = _tokenizer_file(name)
-    try:
-        return Tokenizer.from_file(str(file)) if file else Tokenizer.from_pretrained(name)
-    except Exception as error:  # tokenizers raises plain Exception; the hub a dozen types
-        hint = "" if file else "; a name needs Hugging Face and the network, allowed besides: bpe, a tokenizer.json"
-        raise ConfigError(f"data.tokenizer: cannot load {name}: {corpus.one_line(error)}{hint}") from None
-
-
-def _end_of_text(tokenizer: Tokenizer, config: DataConfig) -> int:
-    """Its id; `ConfigError` without one, or if the model's vocabulary cannot hold the tokenizer's."""
-    ids = tokenizer.get_vocab(with_added_tokens=True)
-    size = max(ids.values()) + 1
-    if size > config.vocabulary:
-        raise ConfigError(f"data.vocabulary: {config.vocabulary} is too small for the tokenizer's {size} tokens")
-    for token in END_OF_TEXT:
-        if token in ids:
-            return ids[token]
-    raise ConfigError(f"data.tokenizer: {config.tokenizer} has no end-of-text token; one of {', '.join(END_OF_TEXT)}")
-
-
-# Token files
 
 
 class _Piece(NamedTuple):

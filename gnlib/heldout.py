@@ -1,0 +1,93 @@
+"""A trained model's loss on another text, read with the tokenizer it was trained with.
+
+Validation sequences come from the source of the training text; this says how far a loss carries over to another one.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from gnlib import corpus
+from gnlib import record as records
+from gnlib.config import ConfigError, RunConfig
+from gnlib.data import TokenFiles
+from gnlib.files import data_folder
+from gnlib.losses import CrossEntropy
+from gnlib.model import Decoder
+from gnlib.objective import forward_loss
+from gnlib.precision import matmul_precision
+from gnlib.prepare import prepare
+from gnlib.tokenizer import encoder, end_of_text
+from gnlib.train import default_device
+
+
+class Heldout(NamedTuple):
+    loss: float
+    """Nats per token, over whole sequences of the run's length; what is left at the end is not counted."""
+    bits_per_byte: float
+    """The same over the text's UTF-8 bytes, which compares tokenizers."""
+    documents: int
+    tokens: int
+    """Predicted."""
+
+
+def heldout(run: str, source: str, documents: int | None = None, device: torch.device | None = None) -> Heldout:
+    """The loss of a run's kept weights on `source` (`corpus.documents`), or on the first `documents` of it.
+
+    `run` is the name or the folder of a run made with `gnlib train --keep-weights`. ConfigError if there is none, if
+    the text gives no whole sequence, or for all of C4.
+    """
+    if source == "c4" and documents is None:
+        raise ConfigError("documents: c4 has 365 million; set how many are read")
+    if documents is not None and documents < 1:
+        raise ConfigError(f"documents: {documents}; at least 1")
+    folder, device = _folder(run), device or default_device()
+    record = records.read(folder / "record.jsonl")
+    if record is None or not (folder / "weights.pt").exists():
+        raise ConfigError(f"run: {folder} has no weights.pt; make it by: gnlib train --keep-weights")
+    config = record.config
+    tokens, size, count = _tokens(prepare(config.data), source, documents)
+    length = config.data.sequence_length
+    sequences = (len(tokens) - 1) // length
+    if sequences < 1:
+        raise ConfigError(f"text: {source} gives {len(tokens)} tokens, one sequence needs {length + 1}")
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][:sequences]
+    model = Decoder.from_config(config).to(device)
+    model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, map_location=device))
+    loss = _mean_loss(model, torch.from_numpy(windows.copy()).to(device), config)
+    return Heldout(loss, loss / math.log(2) * len(tokens) / size, count, sequences * length)
+
+
+def _folder(run: str) -> Path:
+    return Path(run) if Path(run).is_dir() else data_folder() / "runs" / run
+
+
+def _tokens(files: TokenFiles, source: str, documents: int | None) -> tuple[np.ndarray, int, int]:
+    """Of all documents, each with its end-of-text token; the bytes they come from; how many documents."""
+    path = files.folder / "tokenizer.json"
+    if not path.exists():
+        raise ConfigError("run: it was trained on synthetic tokens, which no text has")
+    tokenizer: Tokenizer = encoder(path)
+    end = end_of_text(tokenizer, str(path), files.vocabulary)
+    ids: list[int] = []
+    size = count = 0
+    for text in islice(corpus.documents(source), documents):
+        ids += [*tokenizer.encode(text, add_special_tokens=False).ids, end]
+        size, count = size + len(text.encode("utf-8", "replace")), count + 1
+    return np.array(ids, np.int64), size, count
+
+
+@torch.no_grad()
+def _mean_loss(model: Decoder, windows: torch.Tensor, config: RunConfig) -> float:
+    value, total = forward_loss(CrossEntropy(), config.compute.compile), 0.0
+    with matmul_precision(config.compute, windows.device):
+        for rows in windows.split(config.compute.micro_batch):
+            total += value(model, rows[:, :-1], rows[:, 1:]).item() * len(rows)
+    return total / len(windows)

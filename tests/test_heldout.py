@@ -1,0 +1,121 @@
+"""A run's loss on another text: the tokenizer of the run, whole sequences, every document once."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gnlib.config import ConfigError, RunConfig
+from gnlib.heldout import heldout
+from gnlib.model import Decoder
+from gnlib.prepare import prepare
+from gnlib.profiles import run_config
+from gnlib.tokenizer import encoder
+from gnlib.train import pinned, run_folder, train
+
+CPU = torch.device("cpu")
+LENGTH = 16
+OTHER = ["A pot of tea, and then another; the third was cold. " * 3, "Ünïcode is longer in bytes than in letters. " * 3]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "data"))
+    return tmp_path
+
+
+def jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> RunConfig:
+    """Two steps in float64 on a text of its own, weights kept."""
+    texts = [f"Number {i} comes before number {i + 1}, and {7 * i % 11} has nothing to do with it." for i in range(400)]
+    changes = {
+        "data.source": str(jsonl(tmp_path / "own.jsonl", texts)),
+        "data.validation_fraction": 0.1,
+        "start.chinchilla_fraction": 0.0,
+        "outer_steps": 2,
+        "compute.precision": "fp64",
+    }
+    config = pinned(run_config("tiny", "adamw", changes=changes, use_tuned=False))
+    train(config, CPU, keep_weights=True)
+    return config
+
+
+def slow_loss(config: RunConfig, texts: list[str]) -> tuple[float, int, int]:
+    """Nats per token by one forward pass a sequence; tokens read, bytes."""
+    tokenizer = encoder(prepare(config.data).folder / "tokenizer.json")
+    tokens = [i for text in texts for i in [*tokenizer.encode(text, add_special_tokens=False).ids, 0]]
+    model = Decoder.from_config(config)
+    model.load_state_dict(torch.load(run_folder(config) / "weights.pt", weights_only=True))
+    losses = []
+    for start in range(0, len(tokens) - LENGTH, LENGTH):
+        window = torch.tensor(tokens[start : start + LENGTH + 1])
+        logits = model(window[None, :-1])[0].log_softmax(-1)
+        losses += [-logits[position, target].item() for position, target in enumerate(window[1:])]
+    return sum(losses) / len(losses), len(tokens), sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.parametrize("documents", [None, 1])
+def test_the_loss_on_another_text_is_that_of_a_slow_loop_over_its_tokens(
+    documents: int | None, trained: RunConfig, tmp_path: Path
+) -> None:
+    text = jsonl(tmp_path / "other.jsonl", OTHER)
+    found = heldout(trained.run_id, str(text), documents, CPU)
+    chosen = OTHER[:documents]
+    loss, tokens, size = slow_loss(trained, chosen)
+    assert found.loss == pytest.approx(loss, rel=1e-12)
+    assert found.bits_per_byte == pytest.approx(loss / math.log(2) * tokens / size, rel=1e-12)
+    assert (found.documents, found.tokens) == (len(chosen), (tokens - 1) // LENGTH * LENGTH)
+
+
+def test_a_run_is_found_by_its_folder_too(trained: RunConfig, tmp_path: Path) -> None:
+    text = str(jsonl(tmp_path / "other.jsonl", OTHER))
+    assert heldout(str(run_folder(trained)), text, device=CPU) == heldout(trained.run_id, text, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("run", "text", "documents", "message"),
+    [
+        ("nowhere", "other.jsonl", None, "no weights.pt"),
+        ("", "absent.jsonl", None, "no such file"),
+        ("", "short.jsonl", None, "one sequence needs 17"),
+        ("", "c4", None, "documents: c4"),
+        ("", "other.jsonl", 0, "at least 1"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(
+    run: str, text: str, documents: int | None, message: str, trained: RunConfig, tmp_path: Path
+) -> None:
+    jsonl(tmp_path / "other.jsonl", OTHER)
+    jsonl(tmp_path / "short.jsonl", ["Tea."])
+    with pytest.raises(ConfigError, match=message) as error:
+        heldout(run or trained.run_id, text if text == "c4" else str(tmp_path / text), documents, CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_on_synthetic_tokens_reads_no_text(tmp_path: Path) -> None:
+    config = pinned(run_config("tiny", "adamw", changes={"start.chinchilla_fraction": 0.0, "outer_steps": 1}))
+    train(config, CPU, keep_weights=True)
+    with pytest.raises(ConfigError, match="synthetic"):
+        heldout(config.run_id, str(jsonl(tmp_path / "other.jsonl", OTHER)), device=CPU)
+
+
+def test_the_command_prints_the_loss_and_writes_it(trained: RunConfig, tmp_path: Path) -> None:
+    text, file = jsonl(tmp_path / "other.jsonl", OTHER), tmp_path / "found.json"
+    command = [sys.executable, "-m", "gnlib", "evaluate", trained.run_id, str(text), "--documents", "2"]
+    done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(file.read_text())
+    assert f"{written['loss']:.4f} nats per token" in done.stdout and "2 documents" in done.stdout
+    assert written["loss"] == pytest.approx(heldout(trained.run_id, str(text), device=CPU).loss)
