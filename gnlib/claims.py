@@ -19,7 +19,7 @@ from gnlib.results import Estimate, by_method
 from gnlib.stateless import tokens_to_final_loss
 from gnlib.studies import STUDIES, present_records, study_runs
 from gnlib.study import of_one_text
-from gnlib.variants import find_setting, key
+from gnlib.variants import find_setting, key, tunable
 
 NOT_RUN, UNDECIDED = "not run", "undecided"
 NOT_INTERIOR, OUTDONE = "†", "‡"
@@ -71,8 +71,9 @@ class Question:
             return unanswered
         of_one_text(present, f"{self.study}, profile {profile}")
         found = self.measure(by_method(present), find_profile(profile).target)
-        keys = {key(profile, run.setting) for run in study_runs(self.study, profile, seeds, self.methods)}
-        marks = _marks([tuning(profile, name) for name in keys])
+        settings = {run.setting for run in study_runs(self.study, profile, seeds, self.methods)}
+        borrowed = any(tunable(setting) != setting for setting in settings)
+        marks = _marks([tuning(profile, name) for name in {key(profile, s) for s in settings}], borrowed)
         ours = f"{found} {marks}".rstrip()
         return Claim(self.claim, self.paper, ours, found.n, self.unit, self._holds(found))
 
@@ -86,10 +87,12 @@ class Question:
         return self.at_most is None or found.mean <= self.at_most
 
 
-def _marks(entries: Sequence[dict[str, Any]]) -> str:
-    """What has to be said of the tuning behind a row, from entries of tuned.json."""
+def _marks(entries: Sequence[dict[str, Any]], borrowed: bool) -> str:
+    """What has to be said of the tuning behind a row, from entries of tuned.json; `borrowed` if a variant runs with the
+    settings of its method."""
     outdone = any(entry["settings"].items() - entry["trials"][0].items() for entry in entries if "trials" in entry)
-    return ("" if all(entry.get("interior") for entry in entries) else NOT_INTERIOR) + (OUTDONE if outdone else "")
+    rough = borrowed or not all(entry.get("interior") for entry in entries)
+    return (NOT_INTERIOR if rough else "") + (OUTDONE if outdone else "")
 
 
 class StepCost(Question):

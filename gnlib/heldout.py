@@ -6,6 +6,7 @@ Validation sequences come from the source of the training text; this says how fa
 from __future__ import annotations
 
 import math
+from array import array
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,8 @@ def heldout(run: str, source: str, documents: int | None = None, device: torch.d
     """The loss of a run's kept weights on `source` (`corpus.documents`), or on the first `documents` of it.
 
     `run` is the name or the folder of a run made with `gnlib train --keep-weights`. ConfigError if there is none, if
-    the text gives no whole sequence, or for all of C4.
+    its validation losses are those of averaged parameters, which are not kept, if the text gives no whole sequence, or
+    for all of C4.
     """
     if source == "c4" and documents is None:
         raise ConfigError("documents: c4 has 365 million; set how many are read")
@@ -53,6 +55,8 @@ def heldout(run: str, source: str, documents: int | None = None, device: torch.d
     if record is None or not (folder / "weights.pt").exists():
         raise ConfigError(f"run: {folder} has no weights.pt; make it by: gnlib train --keep-weights")
     config = record.config
+    if config.evaluation.average:
+        raise ConfigError("run: its losses are those of averaged parameters (evaluation.average), which are not kept")
     tokens, size, count = _tokens(prepare(config.data), source, documents)
     length = config.data.sequence_length
     sequences = (len(tokens) - 1) // length
@@ -61,7 +65,7 @@ def heldout(run: str, source: str, documents: int | None = None, device: torch.d
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][:sequences]
     model = Decoder.from_config(config).to(device)
     model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, map_location=device))
-    loss = _mean_loss(model, torch.from_numpy(windows.copy()).to(device), config)
+    loss = _mean_loss(model, windows, config, device)
     return Heldout(loss, loss / math.log(2) * len(tokens) / size, count, sequences * length)
 
 
@@ -76,18 +80,19 @@ def _tokens(files: TokenFiles, source: str, documents: int | None) -> tuple[np.n
         raise ConfigError("run: it was trained on synthetic tokens, which no text has")
     tokenizer: Tokenizer = encoder(path)
     end = end_of_text(tokenizer, str(path), files.vocabulary)
-    ids: list[int] = []
-    size = count = 0
+    ids, size, count = array("I"), 0, 0
     for text in islice(corpus.documents(source), documents):
-        ids += [*tokenizer.encode(text, add_special_tokens=False).ids, end]
-        size, count = size + len(text.encode("utf-8", "replace")), count + 1
-    return np.array(ids, np.int64), size, count
+        encoded = text.encode("utf-8", "replace")  # as `prepare` does
+        ids.extend([*tokenizer.encode(encoded.decode(), add_special_tokens=False).ids, end])
+        size, count = size + len(encoded), count + 1
+    return np.array(ids, np.uint32), size, count
 
 
 @torch.no_grad()
-def _mean_loss(model: Decoder, windows: torch.Tensor, config: RunConfig) -> float:
-    value, total = forward_loss(CrossEntropy(), config.compute.compile), 0.0
-    with matmul_precision(config.compute, windows.device):
-        for rows in windows.split(config.compute.micro_batch):
+def _mean_loss(model: Decoder, windows: np.ndarray, config: RunConfig, device: torch.device) -> float:
+    value, total, step = forward_loss(CrossEntropy(), config.compute.compile), 0.0, config.compute.micro_batch
+    with matmul_precision(config.compute, device):
+        for first in range(0, len(windows), step):
+            rows = torch.from_numpy(windows[first : first + step].astype(np.int64)).to(device)
             total += value(model, rows[:, :-1], rows[:, 1:]).item() * len(rows)
     return total / len(windows)

@@ -88,16 +88,17 @@ class LinearisedObjective:
     def _with_ridge(
         self, delta: Parameters, value: Tensor, gradient: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds to `gradient` in its place."""
         if not self.ridge:
             return value, gradient
         deltas = list(delta.values())
         lengths = torch._foreach_mul(torch._foreach_norm(deltas), [d.numel() ** -0.5 for d in deltas])
+        sloped: dict[str, Tensor] = {}
         for size in {d.numel() for d in deltas}:  # a call for all tensors of a size
             names = [name for name, d in delta.items() if d.numel() == size]
-            slopes = [gradient[name] for name in names]
-            torch._foreach_add_(slopes, [delta[name] for name in names], alpha=2 * self.ridge / size)
-        return value + self.ridge * torch.stack(lengths).square().sum(), gradient
+            slopes = [gradient[name] for name in names]  # autograd's may share memory, so not in their place
+            added = torch._foreach_add(slopes, [delta[name] for name in names], alpha=2 * self.ridge / size)
+            sloped |= dict(zip(names, added, strict=True))
+        return value + self.ridge * torch.stack(lengths).square().sum(), {name: sloped[name] for name in gradient}
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def axes_of(profile: str, setting: Setting) -> list[Axis]:
         axes.append(ladder("outer_steps", config.outer_steps, STEPS, most))
     if setting.is_gauss_newton:
         return axes
-    capped = not setting.budget  # there the warm-up may be the whole run, and no longer
+    capped = not (setting.budget and most in WARMUPS)  # a warm-up can be the whole run, and no longer
     return [*axes, ladder("method.inner.warmup", inner.warmup, WARMUPS, most, capped)]
 
 

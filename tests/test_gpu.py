@@ -1,6 +1,6 @@
 """What only a GPU can show: the flash tangent, the compiled objectives and the precisions against float64 on the CPU.
 
-    pytest -m gpu tests          on a machine with one; elsewhere each of these skips itself
+pytest -m gpu tests          on a machine with one; elsewhere each of these skips itself
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ SHAPES = [(2, 3, 256, 64), (1, 2, 200, 48), (3, 1, 1, 16), (1, 4, 129, 32)]  # s
 def _fresh_compilations() -> None:
     """torch.compile gives up on a function after eight kinds of arguments, which all these tests together have."""
     torch._dynamo.reset()
+
+
+def kernels() -> Any:
+    from gnlib import kernels  # needs Triton
+
+    return kernels
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -72,6 +78,34 @@ def _gradients(
     return [evaluation.gradient for evaluation in found]
 
 
+def _logits(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """z, v and targets over a vocabulary of three sweeps, the last of which is not whole."""
+    generator = torch.Generator().manual_seed(0)
+    z, v = 5 * torch.randn(2, 7, 20_001, generator=generator)
+    y = torch.randint(20_001, (7,), generator=generator)
+    return z.to("cuda", dtype), v.to("cuda", dtype) / 5, y.cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_over_a_large_vocabulary_is_that_of_float64(dtype: torch.dtype) -> None:
+    """Logits are given, so that rounding is that of the sums alone."""
+    z, _, y = _logits(dtype)
+    found = kernels().cross_entropy(z, y).item()
+    assert found == pytest.approx(CrossEntropy().value(z.double(), y).item(), rel=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prox", [False, True])
+def test_the_expansion_over_a_large_vocabulary_is_that_of_float64(prox: bool, dtype: torch.dtype) -> None:
+    z, v, y = _logits(dtype)
+    objective = (ProxLinearObjective if prox else GaussNewtonObjective)(CrossEntropy())
+    expected = objective.expand(z.double(), y, v.double())
+    loss, value, u = kernels().cross_entropy_expansion(z, y, v, prox)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=2e-6)
+    assert value.item() == pytest.approx(expected[1].item(), rel=2e-6)
+    assert _distance(u, expected[2]) < (4e-3 if dtype == torch.bfloat16 else 2e-6)  # u is rounded to v's dtype
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", BOUNDS)
 def test_the_line_searchs_loss_agrees_with_float64(
@@ -85,7 +119,7 @@ def test_the_line_searchs_loss_agrees_with_float64(
     compute = ComputeConfig(precision=precision, compile=compiled)
     with matmul_precision(compute, torch.device("cuda")):
         found = forward_loss(CrossEntropy(), compiled)(model.to("cuda", torch.float32), inputs.cuda(), targets.cuda())
-    assert abs(found.item() - expected.item()) < BOUNDS[precision]
+    assert found.item() == pytest.approx(expected.item(), rel=BOUNDS[precision] / 10)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

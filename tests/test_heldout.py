@@ -79,6 +79,20 @@ def test_the_loss_on_another_text_is_that_of_a_slow_loop_over_its_tokens(
     assert (found.documents, found.tokens) == (len(chosen), (tokens - 1) // LENGTH * LENGTH)
 
 
+def test_half_a_surrogate_pair_is_read_as_in_preparation(trained: RunConfig, tmp_path: Path) -> None:
+    text = tmp_path / "half.jsonl"
+    text.write_text('{"text": "' + "tea " * 40 + '\\ud800"}\n')
+    whole = jsonl(tmp_path / "whole.jsonl", ["tea " * 40 + "?"])
+    assert heldout(trained.run_id, str(text), device=CPU) == heldout(trained.run_id, str(whole), device=CPU)
+
+
+def test_a_run_that_was_evaluated_by_an_average_is_refused(trained: RunConfig, tmp_path: Path) -> None:
+    config = pinned(trained.replace({"evaluation.average": 0.5}))
+    train(config, CPU, keep_weights=True)
+    with pytest.raises(ConfigError, match="averaged parameters"):
+        heldout(config.run_id, str(jsonl(tmp_path / "other.jsonl", OTHER)), device=CPU)
+
+
 def test_a_run_is_found_by_its_folder_too(trained: RunConfig, tmp_path: Path) -> None:
     text = str(jsonl(tmp_path / "other.jsonl", OTHER))
     assert heldout(str(run_folder(trained)), text, device=CPU) == heldout(trained.run_id, text, device=CPU)

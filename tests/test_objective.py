@@ -6,11 +6,11 @@ import pytest
 import torch
 from cases import KINDS, Case, decoder_case, direction, linear_case, regression_case
 from oracles import Subproblem, assert_all_close, assert_close, dense_jacobian, flatten, ridge_penalty, unflatten
-from torch import Tensor
+from torch import Tensor, nn
 
 from gnlib.blocks import partition
 from gnlib.config import MethodConfig
-from gnlib.losses import CrossEntropy
+from gnlib.losses import CrossEntropy, MeanSquaredError
 from gnlib.objective import (
     GaussNewtonObjective,
     LinearisedObjective,
@@ -236,6 +236,29 @@ def test_the_value_decreases_against_the_gradient(case: Case) -> None:
 
 
 # ---------------------------------------------------------------- ridge
+
+
+class _Shared(nn.Module):
+    """Autograd gives both biases one gradient in the same memory, and the scale one of stride 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.scale = (nn.Parameter(torch.full((3,), i + 1.0).double()) for i in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.first + self.second + self.scale.sum()
+
+
+def test_the_ridge_is_added_once_where_gradients_share_memory() -> None:
+    model, ridge = _Shared(), 0.7
+    x, y = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = {name: p.detach() + 0.1 * (index + 1) for index, (name, p) in enumerate(model.named_parameters())}
+    plain, ridged = (
+        GaussNewtonObjective(MeanSquaredError(), r).evaluate(model, [theta], x, y)[0].gradient for r in (0.0, ridge)
+    )
+    for index, name in enumerate(theta):
+        expected = torch.full((3,), 2 * ridge / 3 * 0.1 * (index + 1), dtype=torch.float64)
+        assert_close(ridged[name] - plain[name], expected)
 
 
 @pytest.mark.parametrize("objective", LINEARISED)

@@ -297,16 +297,24 @@ def test_at_a_budget_the_final_loss_decides_and_the_length_is_given(
     assert list(table(home)) == ["gauss_newton@2048:budget"]
 
 
-@pytest.mark.parametrize("budget", [True, False])
-def test_a_warm_up_of_the_whole_run_is_interior_at_a_budget_only(budget: bool) -> None:
-    """At a budget nothing is beyond it; else the profile's cap on outer steps is what it ends at."""
-    setting = Setting("soap", 2048, budget)
-    axis = axes_of("laptop", setting)[-1]
-    start = setting_config("laptop", setting)
-    last = max(index for index in range(-20, 20) if axis.value(index) is not None)
-    assert axis.value(last) == (start.outer_steps if budget else find_profile("laptop").most_steps[1])
-    trials = {(last - 1,): ((3.0, 4.0), start), (last,): ((2.0, 4.0), start)}
-    assert open_fields([axis], trials) == ([] if budget else ["method.inner.warmup"])
+@pytest.mark.parametrize(
+    ("profile", "setting", "last", "interior"),
+    [
+        ("laptop", Setting("soap", 2048, budget=True), 8, True),
+        ("laptop", Setting("soap"), 96, False),
+        ("h200", Setting("adamw", 256, budget=True), 128, False),  # of 512 steps
+    ],
+)
+def test_a_warm_up_of_the_whole_run_is_interior_at_a_budget_only(
+    profile: str, setting: Setting, last: int, interior: bool
+) -> None:
+    """At a budget nothing is beyond the whole run; else the profile's cap or the ladder's end stopped it."""
+    axis = axes_of(profile, setting)[-1]
+    end = max(index for index in range(-20, 20) if axis.value(index) is not None)
+    assert axis.value(end) == last
+    config = setting_config(profile, setting)
+    trials = {(end - 1,): ((3.0, 4.0), config), (end,): ((2.0, 4.0), config)}
+    assert open_fields([axis], trials) == ([] if interior else ["method.inner.warmup"])
 
 
 def test_conjugate_gradients_are_tuned_by_their_damping_alone(monkeypatch: pytest.MonkeyPatch) -> None:
