@@ -2,12 +2,13 @@
 
 full        one block: Gauss-Newton of the whole model
 layerwise   embedding, each transformer block (the last one with the final norm), output head
-matrix      every parameter tensor by itself
+matrix      every matrix of a layer with the biases and norm scales after it; those before the first one join it
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Literal
 
 from torch import nn
@@ -27,11 +28,17 @@ def partition(model: nn.Module, kind: Literal["full", "layerwise", "matrix"]) ->
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if kind == "full":
         return [names]
-    if kind == "matrix":
-        return [[name] for name in names]
     layers = model.layers() if isinstance(model, Decoder) else _layers(model)
     trainable = [[name for name in layer if name in set(names)] for layer in layers]
-    return [layer for layer in trainable if layer]
+    blocks = [layer for layer in trainable if layer]
+    return blocks if kind == "layerwise" else [part for layer in blocks for part in _matrices(model, layer)]
+
+
+def _matrices(model: nn.Module, layer: Block) -> list[Block]:
+    """A layer's matrices (of two dimensions or more), each with its vectors; a layer of vectors stays whole."""
+    shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    starts = [index for index, name in enumerate(layer) if shapes[name] > 1][1:]
+    return [layer[first:end] for first, end in pairwise([0, *starts, len(layer)])]
 
 
 def _layers(model: nn.Module) -> list[Block]:

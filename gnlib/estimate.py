@@ -49,7 +49,7 @@ def estimate(configs: Sequence[RunConfig], measured: Iterable[Record]) -> Cost:
 def cost(config: RunConfig, steps: int | None = None) -> float:
     """Of a run of so many outer steps (all by default), in forward passes of a sequence, evaluation not included."""
     method, steps = config.method, config.outer_steps if steps is None else steps
-    units = {"full": 5.0, "layerwise": 7.0, "matrix": 20.0}[method.blocks] if method.objective != "loss" else 3.0
+    units = {"full": 5.0, "layerwise": 7.0, "matrix": 15.0}[method.blocks] if method.objective != "loss" else 3.0
     if method.inner.optimizer == CONJUGATE_GRADIENT:  # the gradient, then products on a share of the batch
         units = 4.0 + 5.0 * method.inner.steps * float(method.inner.options.get("fraction", 0.125))
     searched = len(step_sizes(method.line_search)) * method.line_search.fraction if method.line_search else 0.0

@@ -57,11 +57,31 @@ def test_frozen_parameters_are_in_no_block(model: str, kind: str) -> None:
     assert all(blocks)
 
 
-def test_full_is_one_block_and_matrix_one_block_per_tensor() -> None:
+def test_full_is_one_block() -> None:
     model = tiny_decoder()
-    names = [name for name, _ in model.named_parameters()]
-    assert partition(model, "full") == [names]
-    assert partition(model, "matrix") == [[name] for name in names]
+    assert partition(model, "full") == [[name for name, _ in model.named_parameters()]]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_matrix_refines_layerwise_to_one_matrix_a_block(model: str) -> None:
+    built = MODELS[model]()
+    layers, blocks = partition(built, "layerwise"), partition(built, "matrix")
+    assert all(any(set(block) <= set(layer) for layer in layers) for block in blocks)
+    dimensions = {name: p.ndim for name, p in built.named_parameters()}
+    counts = [sum(dimensions[name] > 1 for name in block) for block in blocks]
+    assert sum(counts) == sum(d > 1 for d in dimensions.values()) and max(counts) == 1
+    assert all(block in layers for block, count in zip(blocks, counts, strict=True) if not count)  # of vectors alone
+
+
+def test_biases_and_scales_are_in_the_block_of_the_matrix_before_them() -> None:
+    assert partition(mlp((3, 4, 2), nn.Tanh), "matrix") == [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
+    names = [[name.removesuffix(".weight") for name in block] for block in partition(tiny_decoder(), "matrix")]
+    assert names[1:7] == [
+        ["blocks.0.norm1", "blocks.0.query"], ["blocks.0.key"],
+        ["blocks.0.value", "blocks.0.query_norm", "blocks.0.key_norm"],
+        ["blocks.0.out", "blocks.0.norm2"], ["blocks.0.up"], ["blocks.0.down"],
+    ]  # fmt: skip
+    assert names[-2:] == [[f"blocks.{BLOCKS - 1}.down", "final_norm"], ["head"]]
 
 
 def test_the_decoders_layers_are_embedding_blocks_and_head() -> None:
@@ -81,8 +101,14 @@ def test_the_decoders_last_block_holds_the_final_norm() -> None:
 def test_the_layers_of_a_foreign_module_are_its_children_and_the_members_of_its_lists() -> None:
     layers = partition(Foreign(), "layerwise")
     assert [sorted({name.rpartition(".")[0] for name in layer}) for layer in layers] == [
-        [""], ["table"], *[[f"layers.{i}.down", f"layers.{i}.up"] for i in range(11)],
-        ["tail.0"], ["tail.2.0"], ["tail.2.1"], ["norm"], ["readout"],
+        [""],
+        ["table"],
+        *[[f"layers.{i}.down", f"layers.{i}.up"] for i in range(11)],
+        ["tail.0"],
+        ["tail.2.0"],
+        ["tail.2.1"],
+        ["norm"],
+        ["readout"],
     ]
 
 
