@@ -123,6 +123,12 @@ def present_records(
     return labelled(runs, records) if len(records) == len(runs) else None
 
 
+def existing_records(name: str, profile: str, seeds: Sequence[int] | None = None) -> list[Record]:
+    """Those of the study's methods that have all of their runs; runs nothing."""
+    methods = find_study(name).methods
+    return [record for method in methods for record in present_records(name, profile, seeds, [method]) or []]
+
+
 def labelled(runs: Sequence[Run], records: Sequence[Record]) -> list[Record]:
     """Each record with its setting's label."""
     for run, record in zip(runs, records, strict=True):

@@ -263,6 +263,9 @@ def test_records_of_a_study_are_labelled_by_their_settings(home: Path) -> None:
     some = studies.present_records("prox_linear", "tiny", [1], ["prox_linear_no_search"])
     assert some is not None and [label(record) for record in some] == names[3:]
     assert studies.present_records("prox_linear", "tiny", [1, 2]) is None
+    labels = {record.label for record in studies.existing_records("prox_linear", "tiny", [1])}
+    assert labels == set(names)
+    assert studies.existing_records("prox_linear", "tiny", [1, 2]) == []
     assert not any("label" in path.read_text() for path in home.rglob("*.jsonl"))
 
 
