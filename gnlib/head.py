@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from gnlib.losses import ConvexLoss, has_kernel
 from gnlib.precision import compiled_once
+from gnlib.tangents import joined
 
 CHUNK_ELEMENTS = 2**28
 """Of a [tokens, vocabulary] tensor: 512 MiB in bf16, large enough for full speed on an H200."""
@@ -50,7 +51,7 @@ def derivatives(
 ) -> tuple[Tensor, list[Derivative]]:
     """The loss at z and one `Derivative` a change; x [T, D], targets [T]. Means over the T tokens."""
     x, weight = cast(x), cast(weight)
-    products = [_tangent_product(x, weight, Change(*map(cast, change))) for change in changes]
+    products = [joined(x, weight, *map(cast, change)) for change in changes]  # A and B with v = A B^T
     losses, sums = [], [_Sum() for _ in changes]
     for rows, share in _chunks(len(x), len(weight)):
         z = F.linear(x[rows], weight)
@@ -61,14 +62,6 @@ def derivatives(
             total.add(Derivative(value * share, features, None if change.dweight is None else (u.mT @ x[rows]) * share))
         losses.append(loss * share)
     return torch.stack(losses).sum(), [total.derivative() for total in sums]
-
-
-def _tangent_product(x: Tensor, weight: Tensor, change: Change) -> tuple[Tensor, Tensor]:
-    """(A, B) with v = A B^T: where both moved, [dx, x] and [W, dW], one product in place of two and their sum."""
-    dx, dweight = change
-    if dx is None or dweight is None:
-        return (x if dx is None else dx), (weight if dweight is None else dweight)
-    return torch.cat([dx, x], -1), torch.cat([weight, dweight], -1)
 
 
 def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: ConvexLoss, compiled: bool = False) -> Tensor:

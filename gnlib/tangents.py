@@ -30,16 +30,17 @@ def add(*terms: Tensor | None) -> Tensor | None:
 
 
 def linear(x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> Tensor | None:
-    """y = x W^T  ->  dy = dx W^T + x dW^T.
+    """y = x W^T  ->  dy = dx W^T + x dW^T; where y is wider than x in one product, as two would write a dy more."""
+    if dx is not None and dweight is not None and weight.shape[0] <= weight.shape[1]:
+        return F.linear(dx, weight) + F.linear(x, dweight)
+    return None if dx is None and dweight is None else F.linear(*joined(x, weight, dx, dweight))
 
-    Where y is wider than x that is one product, [dx, x] [W, dW]^T: two would write and read a dy more.
-    """
-    if dx is None or dweight is None or weight.shape[0] <= weight.shape[1]:
-        return add(
-            None if dx is None else F.linear(dx, weight),
-            None if dweight is None else F.linear(x, dweight),
-        )
-    return F.linear(torch.cat([dx.to(x.dtype), x], -1), torch.cat([weight, dweight], -1))
+
+def joined(x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(A, B) with dy = A B^T: where both moved, [dx, x] and [W, dW], one product in place of two and their sum."""
+    if dx is None or dweight is None:
+        return (x if dx is None else dx), (weight if dweight is None else dweight)
+    return torch.cat([dx.to(x.dtype), x], -1), torch.cat([weight, dweight], -1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> Tensor | None:

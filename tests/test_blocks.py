@@ -101,14 +101,8 @@ def test_the_decoders_last_block_holds_the_final_norm() -> None:
 def test_the_layers_of_a_foreign_module_are_its_children_and_the_members_of_its_lists() -> None:
     layers = partition(Foreign(), "layerwise")
     assert [sorted({name.rpartition(".")[0] for name in layer}) for layer in layers] == [
-        [""],
-        ["table"],
-        *[[f"layers.{i}.down", f"layers.{i}.up"] for i in range(11)],
-        ["tail.0"],
-        ["tail.2.0"],
-        ["tail.2.1"],
-        ["norm"],
-        ["readout"],
+        [""], ["table"], *[[f"layers.{i}.down", f"layers.{i}.up"] for i in range(11)],
+        ["tail.0"], ["tail.2.0"], ["tail.2.1"], ["norm"], ["readout"],
     ]
 
 

@@ -1,6 +1,6 @@
 """What only a GPU can show: the flash tangent, the compiled objectives and the precisions against float64 on the CPU.
 
-pytest -m gpu tests          on a machine with one; elsewhere each of these skips itself
+    pytest -m gpu tests          on a machine with one; elsewhere each of these skips itself
 """
 
 from __future__ import annotations

@@ -24,11 +24,7 @@ LENGTH = 16
 OTHER = ["A pot of tea, and then another; the third was cold. " * 3, "Ünïcode is longer in bytes than in letters. " * 3]
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
-    monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "data"))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def jsonl(path: Path, texts: list[str]) -> Path:
