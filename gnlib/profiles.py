@@ -85,6 +85,8 @@ class Profile:
     most_steps: tuple[int, int]
     """Outer steps at most: of the Gauss-Newton methods, of the baselines. A run that has not reached the target by
     then is censored."""
+    longer: dict[str, int] = field(default_factory=dict)
+    """The same of single methods that gained from every longer schedule up to it."""
     methods: dict[str, Changes] = field(default_factory=dict)
     """What single methods have beyond that."""
     batches: tuple[int, ...] = ()
@@ -144,6 +146,7 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 32, "method.inner.warmup": 3, "compute.micro_batch": 32},
             target=4.05,
             most_steps=(6, 96),
+            longer={"sophia_g": 256},
             batches=(128, 512, 2048),
             budget=16384,
             methods={
@@ -162,7 +165,13 @@ PROFILES: dict[str, Profile] = {
                     "method.inner.adam_lr": 0.08,
                     "method.inner.options": {"period": 1},
                 },
-                "sophia_g": {"method.inner.lr": 0.01, "method.inner.options": {"period": 1}},
+                "sophia_g": {  # ends at the target: its best schedules are ten times as long
+                    "method.inner.lr": 0.005,
+                    "method.inner.options": {"period": 1},
+                    "method.inner.warmup": 2,
+                    "outer_steps": 128,
+                    "evaluation.stop_below": 4.05,
+                },
             },
         ),
         Profile(
@@ -191,6 +200,7 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 48, "method.inner.warmup": 8, "compute.micro_batch": 256},
             target=4.1,
             most_steps=(12, 96),
+            longer={"adamw": 192},
             batches=(256, 1024, 4096, 16384),
             budget=131072,
             methods={

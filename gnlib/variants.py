@@ -194,9 +194,10 @@ def length(steps: int, ratio: float, setting: Setting) -> int:
 
 def most_steps(profile: str, setting: Setting) -> int:
     """The profile's cap, at the setting's batch; a variant may be slower than its method, and gets twice as many."""
-    newton, most = setting.is_gauss_newton, find_profile(profile).most_steps
+    newton, limits = setting.is_gauss_newton, find_profile(profile)
+    most = limits.longer.get(setting.base, limits.most_steps[not newton])
     ratio = (setting.batch or home_batch(profile)) / home_batch(profile)
-    own = most[0] if newton and ratio > 1 else length(most[not newton], ratio, setting)
+    own = most if newton and ratio > 1 else length(most, ratio, setting)
     return own * (2 if setting.name in VARIANTS else 1)
 
 

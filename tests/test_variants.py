@@ -167,3 +167,10 @@ def test_a_variant_may_take_twice_the_steps_of_its_method() -> None:
     assert most_steps("laptop", Setting("gauss_newton", 128)) == 96
     assert most_steps("laptop", Setting("gauss_newton", 8192)) == 6  # no fewer at a larger batch
     assert most_steps("laptop", Setting("adamw", 128)) == 384
+
+
+def test_a_method_that_gains_from_longer_schedules_has_a_cap_of_its_own() -> None:
+    assert most_steps("h200", Setting("adamw")) == 192
+    assert most_steps("h200", Setting("muon")) == 96
+    assert most_steps("h200", Setting("adamw", 16384)) == 96  # follows the batch as every cap does
+    assert setting_config("laptop", Setting("sophia_g")).evaluation.stop_below == find_profile("laptop").target
