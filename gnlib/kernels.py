@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+SHORT = 2**16  # bytes of a row of logits that eight warps hold in registers, beside as much of its tangent
+
 
 @triton.jit
 def _sweep(
@@ -168,6 +170,41 @@ def _expansion(
         tl.store(V + start + lanes, u.to(V.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _short_expansion(
+    Z, V, Y, LOSS, VALUE, z_row, v_row, vocabulary, count, PROX: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """The same for a row that registers hold: its logits and their tangent are read once."""
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * z_row
+    V += row * v_row
+    lanes = tl.arange(0, COLUMNS)
+    z = tl.load(Z + lanes, mask=lanes < vocabulary, other=float("-inf")).to(tl.float32)
+    v = tl.load(V + lanes, mask=lanes < vocabulary, other=0.0).to(tl.float32)
+    chosen = tl.load(Y + row)
+    z_chosen = tl.load(Z + chosen).to(tl.float32)
+    v_chosen = tl.load(V + chosen).to(tl.float32)
+    top = tl.max(z, 0)
+    e = tl.exp(z - top)
+    total = tl.sum(e, 0)
+    loss = top + tl.log(total) - z_chosen
+    if PROX:
+        top = tl.max(z + v, 0)
+        e = tl.exp(z + v - top)
+        total = tl.sum(e, 0)
+        value = top + tl.log(total) - z_chosen - v_chosen
+        u = e / total
+    else:
+        mean = tl.sum(e * v, 0) / total  # p.v
+        value = loss + mean - v_chosen + 0.5 * (tl.sum(e * v * v, 0) / total - mean * mean)
+        u = e * ((1.0 + v - mean) / total)
+    tl.store(LOSS + row, loss)
+    tl.store(VALUE + row, value)
+    tl.debug_barrier()  # v[chosen] is read before it is overwritten
+    u = tl.where(lanes == chosen, u - 1.0, u) / count
+    tl.store(V + lanes, u.to(V.dtype.element_ty), mask=lanes < vocabulary)
+
+
 def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(L(z), the subproblem's value at v, its derivative in v), means over the n rows; overwrites v with the last.
 
@@ -175,10 +212,12 @@ def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tupl
     """
     n, vocabulary = z.shape
     loss, value = torch.empty(2, n, dtype=torch.float32, device=z.device)
-    columns = min(8192, triton.next_power_of_2(vocabulary))
-    _expansion[(n,)](
+    columns = triton.next_power_of_2(vocabulary)
+    short = columns * v.element_size() <= SHORT
+    columns, kernel = (columns, _short_expansion) if short else (min(8192, columns), _expansion)
+    kernel[(n,)](
         z, v, y, loss, value, z.stride(0), v.stride(0), vocabulary, n,
-        PROX=prox, COLUMNS=columns, num_warps=max(4, columns // 512),
+        PROX=prox, COLUMNS=columns, num_warps=min(8, max(4, columns // 2048)) if short else max(4, columns // 512),
     )  # fmt: skip
     return loss.mean(), value.mean(), v
 

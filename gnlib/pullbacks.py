@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from gnlib.model import Block, BlockTape, attention, merge, rotate
-from gnlib.tangents import PROJECTIONS, Heads, along_normed, centred, gelu, layer_normed, rms_normed
+from gnlib.tangents import PROJECTIONS, Heads, along_normed, centred, gelu, has_kernels, layer_normed, rms_normed
 
 Gradients = dict[str, Tensor]  # by a block's own parameter names
+SCALES = ("query_norm.weight", "key_norm.weight")
 
 
 class Attention(NamedTuple):
@@ -100,15 +101,30 @@ def before(
 
         q = RoPE(norm(W_q a)), k = RoPE(norm(W_k a)), v = W_v a    a = norm1(x)
     """
-    uquery, query_scale = layer_norm(tape.query, block.query_norm.weight, merge(unrotate(uheads[0], rotation)))
-    ukey, key_scale = layer_norm(tape.key, block.key_norm.weight, merge(unrotate(uheads[1], rotation)))
-    found = {"query_norm.weight": query_scale, "key_norm.weight": key_scale}
+    together, found = _projected(block, rotation, tape, uheads, names)
     weights = [getattr(block, name).weight for name in PROJECTIONS]
-    together = torch.cat([uquery.to(uheads[2].dtype), ukey.to(uheads[2].dtype), merge(uheads[2])], -1)
     found |= _projection_gradients(tape.attention_in, weights, together, names)
     uin = together @ torch.cat(weights)
     ux, found["norm1.weight"] = rms_norm(tape.x, block.norm1.weight, uin)
     return u + ux, {name: gradient for name, gradient in found.items() if name in names}
+
+
+def _projected(
+    block: Block, rotation: Tensor, tape: BlockTape, uheads: Heads, names: Collection[str]
+) -> tuple[Tensor, Gradients]:
+    """Cotangents of query, key and value side by side [B, S, 3 D], and gradients of the norms' scales."""
+    inputs, scales = (tape.query, tape.key), (block.query_norm.weight, block.key_norm.weight)
+    if has_kernels(uheads[0]):
+        from gnlib import query_key_kernels  # needs Triton
+
+        scaled = not set(SCALES).isdisjoint(names)
+        together, gradients = query_key_kernels.pullback(inputs, scales, uheads, rotation, scaled)
+    else:
+        turned = [merge(unrotate(u, rotation)) for u in uheads[:2]]
+        parts = [layer_norm(x, scale, u) for x, scale, u in zip(inputs, scales, turned, strict=True)]
+        together = torch.cat([*(u.to(uheads[2].dtype) for u, _ in parts), merge(uheads[2])], -1)
+        gradients = [gradient for _, gradient in parts]
+    return together, dict(zip(SCALES, gradients, strict=False))
 
 
 def _projection_gradients(x: Tensor, weights: Sequence[Tensor], u: Tensor, names: Collection[str]) -> Gradients:

@@ -90,11 +90,16 @@ def attention(heads: Heads, dheads: Heads, y: Tensor) -> Tensor:
     dP = P (dS - rowsum(P dS)) with dS = (dq k^T + q dk^T) / sqrt K. All [B, H, S, K]. On a GPU in bf16 or TF32 by
     `gnlib.kernels`, without a tensor of S x S.
     """
-    if heads[0].is_cuda and (heads[0].dtype == torch.bfloat16 or (heads[0].dtype == torch.float32 and _tf32())):
+    if has_kernels(heads[0]) and (heads[0].dtype == torch.bfloat16 or _tf32()):
         from gnlib.kernels import attention_tangent  # needs Triton
 
         return attention_tangent(heads, dheads, y)
     return dense_attention(heads, dheads)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether tensors like x go through Triton."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float32)
 
 
 @torch.compiler.assume_constant_result
@@ -121,9 +126,9 @@ def block(block: Block, rotation: Tensor, tape: BlockTape, dx: Tensor | None, d:
 
     din = rms_norm(tape.x, block.norm1.weight, dx, get("norm1"))
     dquery, dkey, dvalue = _projected(block, tape.attention_in, din, d)
-    dquery = layer_norm(tape.query, block.query_norm.weight, dquery, get("query_norm"))
-    dkey = layer_norm(tape.key, block.key_norm.weight, dkey, get("key_norm"))
-    dmixed = _attention_from(block, rotation, tape, dquery, dkey, dvalue)
+    dq = _turned(block, rotation, block.query_norm.weight, tape.query, tape.q, dquery, get("query_norm"))
+    dk = _turned(block, rotation, block.key_norm.weight, tape.key, tape.k, dkey, get("key_norm"))
+    dmixed = _attention_from(tape, dq, dk, None if dvalue is None else block.split(dvalue))
     dmiddle = add(dx, linear(merge(tape.y), block.out.weight, dmixed, get("out")))
     din = rms_norm(tape.middle, block.norm2.weight, dmiddle, get("norm2"))
     dhidden = gelu(tape.hidden, linear(tape.mlp_in, block.up.weight, din, get("up")))
@@ -142,13 +147,21 @@ def _projected(block: Block, x: Tensor, dx: Tensor | None, d: Tangents) -> Seque
     return together.chunk(len(weights), -1)
 
 
-def _attention_from(
-    block: Block, rotation: Tensor, tape: BlockTape, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None
+def _turned(
+    block: Block, rotation: Tensor, weight: Tensor, x: Tensor, like: Tensor, dx: Tensor | None, dweight: Tensor | None
 ) -> Tensor | None:
-    if dquery is None and dkey is None and dvalue is None:
+    """Of q = RoPE(norm(query)) or k: [B, S, D] -> [B, H, S, K], in the dtype of `like`."""
+    if dx is not None and has_kernels(like):
+        from gnlib import query_key_kernels  # needs Triton
+
+        return query_key_kernels.tangent(x, weight, dx, dweight, rotation, like)
+    turned = layer_norm(x, weight, dx, dweight)
+    return None if turned is None else rotate(block.split(turned), rotation)
+
+
+def _attention_from(tape: BlockTape, *dheads: Tensor | None) -> Tensor | None:
+    if all(change is None for change in dheads):
         return None
-    q, k, v = tape.q, tape.k, tape.v
-    dq = torch.zeros_like(q) if dquery is None else rotate(block.split(dquery), rotation).to(q.dtype)
-    dk = torch.zeros_like(k) if dkey is None else rotate(block.split(dkey), rotation).to(k.dtype)
-    dv = torch.zeros_like(v) if dvalue is None else block.split(dvalue).to(v.dtype)
-    return merge(attention((q, k, v), (dq, dk, dv), tape.y))
+    heads = (tape.q, tape.k, tape.v)
+    dq, dk, dv = (torch.zeros_like(h) if d is None else d.to(h.dtype) for h, d in zip(heads, dheads, strict=True))
+    return merge(attention(heads, (dq, dk, dv), tape.y))

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gnlib import head
+from gnlib import head, pullbacks
 from gnlib.config import ComputeConfig
 from gnlib.losses import CrossEntropy
-from gnlib.model import Decoder
+from gnlib.model import Decoder, merge, rope_table, rotate
 from gnlib.objective import GaussNewtonObjective, LinearisedObjective, ProxLinearObjective, forward_loss
 from gnlib.precision import matmul_precision
 from gnlib.profiles import run_config
-from gnlib.tangents import attention, dense_attention
+from gnlib.tangents import attention, dense_attention, layer_norm
 from gnlib.train import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -42,6 +42,12 @@ def kernels() -> Any:
     return kernels
 
 
+def query_key_kernels() -> Any:
+    from gnlib import query_key_kernels  # needs Triton
+
+    return query_key_kernels
+
+
 def _distance(found: Tensor, expected: Tensor) -> float:
     expected = expected.double().cpu()
     return float((found.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-30))
@@ -58,6 +64,50 @@ def test_the_flash_tangent_is_the_dense_rule(precision: str, shape: tuple[int, .
         found = attention((q, k, v), (dq, dk, dv), y)
     expected = dense_attention((q.double(), k.double(), v.double()), (dq.double(), dk.double(), dv.double()))
     assert _distance(found, expected) < BOUNDS[precision]
+
+
+def _turning(precision: str, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Tensors [B, S, D] and heads [B, H, S, K] of both layouts on the GPU, and RoPE's table."""
+    generator = torch.Generator().manual_seed(0)
+    sequences, heads, length, features = shape
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    flat = torch.randn(4, sequences, length, heads * features, generator=generator).to("cuda", dtype) + 0.3
+    stored = torch.randn(sequences, length, heads, features, generator=generator).to("cuda", dtype).transpose(1, 2)
+    by_head = torch.randn(2, *shape, generator=generator).to("cuda", dtype)
+    return list(flat), [stored, *by_head], rope_table(length + 3, features).float().cuda()[:, :length]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 300, 64), (2, 16, 70, 48)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_tangent_of_normed_and_rotated_queries_is_the_plain_rule(precision: str, shape: tuple[int, ...]) -> None:
+    (x, dx, *_), (like, *_), rotation = _turning(precision, shape)
+    weight, dweight = 1 + torch.rand(2, x.shape[-1], device="cuda")
+    wide = torch.cat([x, dx], -1)  # a part of a wider tensor, as the projections' one product returns it
+    for moved in (None, dweight):
+        found = query_key_kernels().tangent(x, weight, wide[..., x.shape[-1] :], moved, rotation, like)
+        rule = layer_norm(x.double(), weight.double(), dx.double(), None if moved is None else moved.double())
+        assert rule is not None
+        expected = rotate(rule.unflatten(-1, (shape[1], -1)).transpose(1, 2), rotation.double())
+        assert found.dtype == like.dtype and _distance(found, expected) < BOUNDS[precision]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 300, 64), (2, 16, 70, 48)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_pullback_of_queries_keys_and_values_is_the_plain_rule(precision: str, shape: tuple[int, ...]) -> None:
+    (query, key, *_), heads, rotation = _turning(precision, shape)
+    weights = 1 + torch.rand(2, query.shape[-1], device="cuda")
+    expected, sums = [], []
+    for x, weight, u in zip((query, key), weights, heads, strict=False):
+        turned = merge(pullbacks.unrotate(u.double(), rotation.double()))
+        ux, gradient = pullbacks.layer_norm(x.double(), weight.double(), turned)
+        expected.append(ux)
+        sums.append(gradient)
+    for scaled in (True, False):
+        found, gradients = query_key_kernels().pullback((query, key), weights, heads, rotation, scaled)
+        assert _distance(found, torch.cat([*expected, merge(heads[2]).double()], -1)) < BOUNDS[precision]
+        assert len(gradients) == 2 * scaled
+        for gradient, whole in zip(gradients, sums, strict=False):
+            assert _distance(gradient, whole) < BOUNDS[precision]
 
 
 def _gradients(
@@ -78,11 +128,11 @@ def _gradients(
     return [evaluation.gradient for evaluation in found]
 
 
-def _logits(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """z, v and targets over a vocabulary of three sweeps, the last of which is not whole."""
+def _logits(dtype: torch.dtype, vocabulary: int = 20_001) -> tuple[Tensor, Tensor, Tensor]:
+    """z, v and targets over a vocabulary of several sweeps, the last of which is not whole."""
     generator = torch.Generator().manual_seed(0)
-    z, v = 5 * torch.randn(2, 7, 20_001, generator=generator)
-    y = torch.randint(20_001, (7,), generator=generator)
+    z, v = 5 * torch.randn(2, 7, vocabulary, generator=generator)
+    y = torch.randint(vocabulary, (7,), generator=generator)
     return z.to("cuda", dtype), v.to("cuda", dtype) / 5, y.cuda()
 
 
@@ -96,8 +146,11 @@ def test_the_loss_over_a_large_vocabulary_is_that_of_float64(dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prox", [False, True])
-def test_the_expansion_over_a_large_vocabulary_is_that_of_float64(prox: bool, dtype: torch.dtype) -> None:
-    z, v, y = _logits(dtype)
+@pytest.mark.parametrize("vocabulary", [301, 20_001, 40_001])  # in bf16 the last alone is longer than registers hold
+def test_the_expansion_over_a_large_vocabulary_is_that_of_float64(
+    vocabulary: int, prox: bool, dtype: torch.dtype
+) -> None:
+    z, v, y = _logits(dtype, vocabulary)
     objective = (ProxLinearObjective if prox else GaussNewtonObjective)(CrossEntropy())
     expected = objective.expand(z.double(), y, v.double())
     loss, value, u = kernels().cross_entropy_expansion(z, y, v, prox)
