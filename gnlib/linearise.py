@@ -116,7 +116,7 @@ class DecoderLinearisation(Linearisation):
         return compiled_once(rule) if self.compiled else rule
 
     def _through(self, block: Block, x: Tensor) -> Tensor:
-        attention_in, query, key, q, k, v = self.run(Block.before)(block, x, self.rotation)
+        attention_in, query, key, q, k, v = self.run(Block.before)(block, x, self.rotation, True)
         attention = Attention.of(q, k, v)
         y = attention.y.detach()
         middle, mlp_in, hidden, activated, out = self.run(Block.after)(block, x, y)

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gnlib.config import ComputeConfig
 
@@ -25,3 +26,8 @@ def matmul_precision(compute: ComputeConfig, device: torch.device) -> AbstractCo
 def compiled_once(rule: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of a function that serves all its callers, such as blocks of equal shapes."""
     return torch.compile(rule)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether what is computed of tensors like x, without a graph, can go through Triton."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float32)

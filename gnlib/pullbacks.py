@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gnlib.model import Block, BlockTape, attention, merge, rotate
-from gnlib.tangents import PROJECTIONS, Heads, along_normed, centred, gelu, has_kernels, layer_normed, rms_normed
+from gnlib.precision import has_kernels
+from gnlib.tangents import PROJECTIONS, Heads, along_normed, centred, gelu, layer_normed, rms_normed
 
 Gradients = dict[str, Tensor]  # by a block's own parameter names
 SCALES = ("query_norm.weight", "key_norm.weight")

@@ -52,12 +52,20 @@ def _along(one, two, n1, n2, r, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _tangent(
-    X, DX, W, DW, COSINE, SINE, DY, x_row, dx_row, r_row, tokens, length,
+def _store_turned(TO, one, two, COSINE, SINE, angle, at, inside, HALF: tl.constexpr):
+    cosine = tl.load(COSINE + angle, mask=inside, other=0.0)
+    sine = tl.load(SINE + angle, mask=inside, other=0.0)
+    tl.store(TO + at, (one * cosine - two * sine).to(TO.dtype.element_ty), mask=inside)
+    tl.store(TO + at + HALF, (two * cosine + one * sine).to(TO.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn(
+    X, DX, W, DW, COSINE, SINE, TO, x_row, dx_row, r_row, tokens, length,
     HEADS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-    SCALED: tl.constexpr, EPS: tl.constexpr,
+    TANGENT: tl.constexpr, SCALED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens; SCALED where w moves too."""
+    """ROWS tokens: RoPE(w n), or its TANGENT; SCALED where w moves too."""
     WIDTH: tl.constexpr = 2 * HEADS * HALF
     first, feature, used = _lanes(HEADS, HALF, PADDED, LANES)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
@@ -66,22 +74,20 @@ def _tangent(
     one = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     two = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
     n1, n2, r = _normed(one, two, inside, WIDTH, EPS)
-    at = DX + rows * dx_row + first[None, :]
-    one = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    two = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-    one, two = _centred(one, two, inside, WIDTH)
-    one, two = _along(one, two, n1, n2, r, WIDTH)
+    one, two = n1, n2
+    if TANGENT:
+        at = DX + rows * dx_row + first[None, :]
+        one = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        two = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+        one, two = _centred(one, two, inside, WIDTH)
+        one, two = _along(one, two, n1, n2, r, WIDTH)
     one *= tl.load(W + first, mask=used, other=0.0)[None, :]
     two *= tl.load(W + first + HALF, mask=used, other=0.0)[None, :]
     if SCALED:
         one += n1 * tl.load(DW + first, mask=used, other=0.0)[None, :]
         two += n2 * tl.load(DW + first + HALF, mask=used, other=0.0)[None, :]
     angle = (rows % length) * r_row + feature[None, :]
-    cosine = tl.load(COSINE + angle, mask=inside, other=0.0)
-    sine = tl.load(SINE + angle, mask=inside, other=0.0)
-    at = DY + rows * WIDTH + first[None, :]
-    tl.store(at, (one * cosine - two * sine).to(DY.dtype.element_ty), mask=inside)
-    tl.store(at + HALF, (two * cosine + one * sine).to(DY.dtype.element_ty), mask=inside)
+    _store_turned(TO, one, two, COSINE, SINE, angle, rows * WIDTH + first[None, :], inside, HALF)
 
 
 @triton.jit
@@ -149,20 +155,32 @@ def _tile(heads: int, features: int) -> dict[str, int]:
     return {"HEADS": heads, "HALF": features // 2, "PADDED": padded, "LANES": lanes, "ROWS": max(1, ELEMENTS // lanes)}
 
 
-def tangent(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, rotation: Tensor, like: Tensor) -> Tensor:
-    """x, dx [B, S, D] -> the tangent of q = RoPE(w n(x)), of the shape [B, H, S, K] and dtype of `like`.
+def turned(x: Tensor, weight: Tensor, rotation: Tensor, heads: int) -> Tensor:
+    """RoPE(w n(x)), x [B, S, D] -> [B, H, S, K] in the dtype of x, stored as [B, S, H, K].
 
-    Stored as [B, S, H, K]. `rotation` [2, S, K/2] holds cosines and sines.
+    `rotation` [2, S, K/2] holds cosines and sines.
     """
-    sequences, heads, length, features = like.shape
-    tile, rows, drows = _tile(heads, features), x.flatten(0, 1), dx.flatten(0, 1)
-    dy = torch.empty(sequences, length, heads, features, dtype=like.dtype, device=like.device)
-    _tangent[(triton.cdiv(len(rows), tile["ROWS"]),)](
-        rows, drows, weight, weight if dweight is None else dweight, rotation[0], rotation[1], dy,
+    return _turned(x, weight, None, None, rotation, heads)
+
+
+def tangent(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, rotation: Tensor, heads: int) -> Tensor:
+    """That of `turned` where x moves by dx, and w by dweight if it does."""
+    return _turned(x, weight, dx, dweight, rotation, heads)
+
+
+def _turned(
+    x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, rotation: Tensor, heads: int
+) -> Tensor:
+    sequences, length, width = x.shape
+    tile, rows = _tile(heads, width // heads), x.flatten(0, 1)
+    drows = rows if dx is None else dx.flatten(0, 1)
+    found = torch.empty(sequences, length, heads, width // heads, dtype=x.dtype, device=x.device)
+    _turn[(triton.cdiv(len(rows), tile["ROWS"]),)](
+        rows, drows, weight, weight if dweight is None else dweight, rotation[0], rotation[1], found,
         rows.stride(0), drows.stride(0), rotation.stride(1), len(rows), length,
-        **tile, SCALED=dweight is not None, EPS=NORM_EPS, num_warps=4,
+        **tile, TANGENT=dx is not None, SCALED=dweight is not None, EPS=NORM_EPS, num_warps=4,
     )  # fmt: skip
-    return dy.transpose(1, 2)
+    return found.transpose(1, 2)
 
 
 def pullback(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gnlib.model import NORM_EPS, Block, BlockTape, merge, rotate
+from gnlib.precision import has_kernels
 
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v or their tangents, each [B, H, S, K]
 Tangents = Mapping[str, Tensor]  # parameter name -> tangent of its shape; a missing name is zero
@@ -97,11 +98,6 @@ def attention(heads: Heads, dheads: Heads, y: Tensor) -> Tensor:
     return dense_attention(heads, dheads)
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether tensors like x go through Triton."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float32)
-
-
 @torch.compiler.assume_constant_result
 def _tf32() -> bool:
     return torch.backends.cuda.matmul.allow_tf32
@@ -126,8 +122,8 @@ def block(block: Block, rotation: Tensor, tape: BlockTape, dx: Tensor | None, d:
 
     din = rms_norm(tape.x, block.norm1.weight, dx, get("norm1"))
     dquery, dkey, dvalue = _projected(block, tape.attention_in, din, d)
-    dq = _turned(block, rotation, block.query_norm.weight, tape.query, tape.q, dquery, get("query_norm"))
-    dk = _turned(block, rotation, block.key_norm.weight, tape.key, tape.k, dkey, get("key_norm"))
+    dq = _turned(block, rotation, block.query_norm.weight, tape.query, dquery, get("query_norm"))
+    dk = _turned(block, rotation, block.key_norm.weight, tape.key, dkey, get("key_norm"))
     dmixed = _attention_from(tape, dq, dk, None if dvalue is None else block.split(dvalue))
     dmiddle = add(dx, linear(merge(tape.y), block.out.weight, dmixed, get("out")))
     din = rms_norm(tape.middle, block.norm2.weight, dmiddle, get("norm2"))
@@ -148,13 +144,13 @@ def _projected(block: Block, x: Tensor, dx: Tensor | None, d: Tangents) -> Seque
 
 
 def _turned(
-    block: Block, rotation: Tensor, weight: Tensor, x: Tensor, like: Tensor, dx: Tensor | None, dweight: Tensor | None
+    block: Block, rotation: Tensor, weight: Tensor, x: Tensor, dx: Tensor | None, dweight: Tensor | None
 ) -> Tensor | None:
-    """Of q = RoPE(norm(query)) or k: [B, S, D] -> [B, H, S, K], in the dtype of `like`."""
-    if dx is not None and has_kernels(like):
+    """Of q = RoPE(norm(query)) or k: [B, S, D] -> [B, H, S, K]."""
+    if dx is not None and has_kernels(x):
         from gnlib import query_key_kernels  # needs Triton
 
-        return query_key_kernels.tangent(x, weight, dx, dweight, rotation, like)
+        return query_key_kernels.tangent(x, weight, dx, dweight, rotation, block.head_count)
     turned = layer_norm(x, weight, dx, dweight)
     return None if turned is None else rotate(block.split(turned), rotation)
 

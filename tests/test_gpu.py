@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from gnlib import head, pullbacks
 from gnlib.config import ComputeConfig
 from gnlib.losses import CrossEntropy
-from gnlib.model import Decoder, merge, rope_table, rotate
+from gnlib.model import NORM_EPS, Decoder, merge, rope_table, rotate
 from gnlib.objective import GaussNewtonObjective, LinearisedObjective, ProxLinearObjective, forward_loss
 from gnlib.precision import matmul_precision
 from gnlib.profiles import run_config
@@ -79,16 +79,27 @@ def _turning(precision: str, shape: tuple[int, ...]) -> tuple[list[Tensor], list
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 300, 64), (2, 16, 70, 48)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_normed_and_rotated_queries_are_the_plain_rule(precision: str, shape: tuple[int, ...]) -> None:
+    (x, *_), _, rotation = _turning(precision, shape)
+    weight = 1 + torch.rand(x.shape[-1], device="cuda")
+    found = query_key_kernels().turned(x, weight, rotation, shape[1])
+    normed = F.layer_norm(x.double(), weight.shape, weight.double(), eps=NORM_EPS)
+    expected = rotate(normed.unflatten(-1, (shape[1], -1)).transpose(1, 2), rotation.double())
+    assert found.dtype == x.dtype and _distance(found, expected) < BOUNDS[precision]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 300, 64), (2, 16, 70, 48)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_tangent_of_normed_and_rotated_queries_is_the_plain_rule(precision: str, shape: tuple[int, ...]) -> None:
-    (x, dx, *_), (like, *_), rotation = _turning(precision, shape)
+    (x, dx, *_), _, rotation = _turning(precision, shape)
     weight, dweight = 1 + torch.rand(2, x.shape[-1], device="cuda")
     wide = torch.cat([x, dx], -1)  # a part of a wider tensor, as the projections' one product returns it
     for moved in (None, dweight):
-        found = query_key_kernels().tangent(x, weight, wide[..., x.shape[-1] :], moved, rotation, like)
+        found = query_key_kernels().tangent(x, weight, wide[..., x.shape[-1] :], moved, rotation, shape[1])
         rule = layer_norm(x.double(), weight.double(), dx.double(), None if moved is None else moved.double())
         assert rule is not None
         expected = rotate(rule.unflatten(-1, (shape[1], -1)).transpose(1, 2), rotation.double())
-        assert found.dtype == like.dtype and _distance(found, expected) < BOUNDS[precision]
+        assert found.dtype == x.dtype and _distance(found, expected) < BOUNDS[precision]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 300, 64), (2, 16, 70, 48)])
