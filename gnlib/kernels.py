@@ -57,7 +57,7 @@ def _sweep(
 
 
 @triton.jit
-def _tangent(
+def _attention_tangent(
     Q, K, V, DQ, DK, DV, Y, DY,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, dq_b, dq_h, dq_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
     y_b, y_h, y_s, dy_b, dy_h, dy_s, heads, length,
@@ -110,7 +110,7 @@ def attention_tangent(
     dy = torch.empty(sequences, length, count, features, dtype=q.dtype, device=q.device).transpose(1, 2)
     rows, columns, warps, stages = tile or ((64, 32, 4, 3) if q.dtype == torch.bfloat16 else (128, 64, 8, 2))
     strides = [stride for t in (*tensors, dy) for stride in t.stride()[:3]]
-    _tangent[(triton.cdiv(length, rows), sequences * count)](
+    _attention_tangent[(triton.cdiv(length, rows), sequences * count)](
         *tensors, dy, *strides, count, length,
         SCALE=features**-0.5, HEAD=features, FEATURES=max(16, triton.next_power_of_2(features)),
         ROWS=rows, COLUMNS=columns, PRECISION="tf32", num_warps=warps, num_stages=stages,
