@@ -215,8 +215,9 @@ class DecoderLinearisation(Linearisation):
         u, uy, found = self.run(pullbacks.after)(block, tape, u, names)
         if further or len(found) < len(names):
             uheads = attention.pullback(uy, keep)
-            u, more = self.run(pullbacks.before)(block, self.rotation, tape, u, uheads, names)
-            found |= more
+            together, scales = pullbacks.projected(block, self.rotation, tape, uheads, names)
+            u, more = self.run(pullbacks.before)(block, tape, u, together, names)
+            found |= scales | more
         return u, found
 
     def forward_units(self, names: Sequence[str]) -> float:

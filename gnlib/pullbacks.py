@@ -95,25 +95,15 @@ def after(block: Block, tape: BlockTape, u: Tensor, names: Collection[str]) -> t
     return u, block.split(u @ block.out.weight), found
 
 
-def before(
-    block: Block, rotation: Tensor, tape: BlockTape, u: Tensor, uheads: Heads, names: Collection[str]
-) -> tuple[Tensor, Gradients]:
-    """From q, k, v to the block's input, where the residual stream's u [B, S, D] joins.
-
-        q = RoPE(norm(W_q a)), k = RoPE(norm(W_k a)), v = W_v a    a = norm1(x)
-    """
-    together, found = _projected(block, rotation, tape, uheads, names)
-    weights = [getattr(block, name).weight for name in PROJECTIONS]
-    found |= _projection_gradients(tape.attention_in, weights, together, names)
-    uin = together @ torch.cat(weights)
-    ux, found["norm1.weight"] = rms_norm(tape.x, block.norm1.weight, uin)
-    return u + ux, {name: gradient for name, gradient in found.items() if name in names}
-
-
-def _projected(
+def projected(
     block: Block, rotation: Tensor, tape: BlockTape, uheads: Heads, names: Collection[str]
 ) -> tuple[Tensor, Gradients]:
-    """Cotangents of query, key and value side by side [B, S, 3 D], and gradients of the norms' scales."""
+    """From q, k, v to query, key and value side by side [B, S, 3 D], and gradients of the norms' scales.
+
+        q = RoPE(norm(query)), k = RoPE(norm(key)), v = value
+
+    Not to be compiled: its kernels write parts of one tensor, which torch 2.11's compiler gets wrong at some widths.
+    """
     inputs, scales = (tape.query, tape.key), (block.query_norm.weight, block.key_norm.weight)
     if has_kernels(uheads[0]):
         from gnlib import query_key_kernels  # needs Triton
@@ -125,7 +115,21 @@ def _projected(
         parts = [layer_norm(x, scale, u) for x, scale, u in zip(inputs, scales, turned, strict=True)]
         together = torch.cat([*(u.to(uheads[2].dtype) for u, _ in parts), merge(uheads[2])], -1)
         gradients = [gradient for _, gradient in parts]
-    return together, dict(zip(SCALES, gradients, strict=False))
+    return together, {name: gradient for name, gradient in zip(SCALES, gradients, strict=False) if name in names}
+
+
+def before(
+    block: Block, tape: BlockTape, u: Tensor, together: Tensor, names: Collection[str]
+) -> tuple[Tensor, Gradients]:
+    """From query, key and value [B, S, 3 D] to the block's input, where the residual stream's u [B, S, D] joins.
+
+        query = W_q a, key = W_k a, value = W_v a    a = norm1(x)
+    """
+    weights = [getattr(block, name).weight for name in PROJECTIONS]
+    found = _projection_gradients(tape.attention_in, weights, together, names)
+    uin = together @ torch.cat(weights)
+    ux, found["norm1.weight"] = rms_norm(tape.x, block.norm1.weight, uin)
+    return u + ux, {name: gradient for name, gradient in found.items() if name in names}
 
 
 def _projection_gradients(x: Tensor, weights: Sequence[Tensor], u: Tensor, names: Collection[str]) -> Gradients:
