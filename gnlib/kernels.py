@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SHORT = 2**16  # bytes of a row of logits that eight warps hold in registers, beside as much of its tangent
+SHORT = 2**15  # logits of a row that a program holds in registers
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def _expansion(
 def _short_expansion(
     Z, V, Y, LOSS, VALUE, z_row, v_row, vocabulary, count, PROX: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """The same for a row that registers hold: its logits and their tangent are read once."""
+    """The same for a row whose exponentials registers hold: z is read once, v a second time out of the cache."""
     row = tl.program_id(0).to(tl.int64)
     Z += row * z_row
     V += row * v_row
@@ -188,19 +188,22 @@ def _short_expansion(
     e = tl.exp(z - top)
     total = tl.sum(e, 0)
     loss = top + tl.log(total) - z_chosen
+    mean = 0.0
     if PROX:
         top = tl.max(z + v, 0)
         e = tl.exp(z + v - top)
         total = tl.sum(e, 0)
         value = top + tl.log(total) - z_chosen - v_chosen
-        u = e / total
     else:
         mean = tl.sum(e * v, 0) / total  # p.v
         value = loss + mean - v_chosen + 0.5 * (tl.sum(e * v * v, 0) / total - mean * mean)
-        u = e * ((1.0 + v - mean) / total)
     tl.store(LOSS + row, loss)
     tl.store(VALUE + row, value)
-    tl.debug_barrier()  # v[chosen] is read before it is overwritten
+    tl.debug_barrier()  # v[chosen] is read before it is overwritten; and v again, to free its registers
+    if PROX:
+        u = e / total
+    else:
+        u = e * ((1.0 + tl.load(V + lanes, mask=lanes < vocabulary, other=0.0).to(tl.float32) - mean) / total)
     u = tl.where(lanes == chosen, u - 1.0, u) / count
     tl.store(V + lanes, u.to(V.dtype.element_ty), mask=lanes < vocabulary)
 
@@ -213,12 +216,12 @@ def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tupl
     n, vocabulary = z.shape
     loss, value = torch.empty(2, n, dtype=torch.float32, device=z.device)
     columns = triton.next_power_of_2(vocabulary)
-    short = columns * v.element_size() <= SHORT
-    columns, kernel = (columns, _short_expansion) if short else (min(8192, columns), _expansion)
+    kernel, columns, warps = _expansion, min(8192, columns), max(4, min(16, columns // 512))
+    if columns < vocabulary <= SHORT:
+        kernel, columns, warps = _short_expansion, triton.next_power_of_2(vocabulary), 32
     kernel[(n,)](
-        z, v, y, loss, value, z.stride(0), v.stride(0), vocabulary, n,
-        PROX=prox, COLUMNS=columns, num_warps=min(8, max(4, columns // 2048)) if short else max(4, columns // 512),
-    )  # fmt: skip
+        z, v, y, loss, value, z.stride(0), v.stride(0), vocabulary, n, PROX=prox, COLUMNS=columns, num_warps=warps
+    )
     return loss.mean(), value.mean(), v
 
 
