@@ -13,9 +13,11 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import IO
 
 import torch
@@ -30,6 +32,7 @@ from gnlib.record import Record, Row
 from gnlib.train import check, pinned, run_folder, start_config, train
 
 POLL_SECONDS = 0.2
+_STARTING = Lock()
 
 
 class StudyError(RuntimeError):
@@ -130,7 +133,8 @@ def run_study(
             check(config)
         missing = sorted((pinned(config) for config in missing), key=cost, reverse=True)  # the longest first
         starts = {start.run_id: start for start in map(start_config, missing) if start.outer_steps}
-        execute([start for start in starts.values() if _unended(start)], jobs, keep_weights=True, executor=executor)
+        with _STARTING:  # the settings of a sweep share it
+            execute([start for start in starts.values() if _unended(start)], jobs, keep_weights=True, executor=executor)
         execute(missing, jobs, executor=executor)
     found = find(configs, profile, fresh)
     assert all(record is not None for record in found)
@@ -191,7 +195,8 @@ def run_processes(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) 
             if slots.closed:
                 raise StudyError(f"stopped with {len(waiting) + len(running)} to run; the same command continues")
             while waiting and (slot := slots.take()) is not None:
-                running.append(_launch(waiting.pop(0), slot, keep_weights))
+                with _returned_on_failure(slots, slot):
+                    running.append(_launch(waiting.pop(0), slot, keep_weights))
             for job in running.copy():
                 _show(job)
                 if job.process.poll() is not None:
@@ -206,6 +211,7 @@ def run_processes(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) 
         for job in running:  # Ctrl-C: the runs continue from their checkpoints next time
             job.process.terminate()
             job.bar.close()
+            slots.give(job.slot)
         overall.close()
     if failed:
         raise StudyError("\n".join(failed))
@@ -220,6 +226,16 @@ def default_jobs(configs: Sequence[RunConfig]) -> int:
         return torch.cuda.device_count()
     threads = max((config.compute.threads for config in configs), default=1)
     return max(1, len(os.sched_getaffinity(0)) // threads)
+
+
+@contextmanager
+def _returned_on_failure(slots: Slots, slot: int) -> Iterator[None]:
+    """A run that cannot be launched must not take its place away from the others."""
+    try:
+        yield
+    except BaseException:
+        slots.give(slot)
+        raise
 
 
 def _launch(config: RunConfig, slot: int, keep_weights: bool) -> _Job:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_study import of
+from test_study import leave, of, short
 
 from gnlib import study
 from gnlib import sweep as sweeping
 from gnlib.config import ConfigError, RunConfig
+from gnlib.files import replacing
 from gnlib.record import Record
 from gnlib.studies import study_configs
 from gnlib.study import Slots, StudyError
@@ -164,3 +166,46 @@ def test_a_sweep_leaves_the_records_of_its_studies(monkeypatch: pytest.MonkeyPat
     sweep(["iteration_complexity"], "tiny", jobs=1, methods=["muon"], tuned=False)
     (record,) = study.find(configs, "tiny")
     assert record is not None and record.status == "finished"
+
+
+def test_settings_that_share_a_start_train_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def execute(configs: Sequence[RunConfig], jobs: Slots, keep_weights: bool = False, executor: str = "") -> None:
+        for config in configs:
+            if keep_weights:
+                started.append(config.run_id)
+                time.sleep(0.05)  # for the other threads to come by
+                (study.run_folder(config) / "weights.pt").parent.mkdir(parents=True)
+                (study.run_folder(config) / "weights.pt").touch()
+            else:
+                leave(of(config))
+
+    monkeypatch.setattr(study, "execute", execute)
+    sweep(["critical_batch_size"], "tiny", jobs=2, seeds=[1], tuned=False)
+    assert len(started) == 1
+
+
+def test_a_run_that_cannot_be_launched_does_not_keep_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spawn(*_: object) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(study, "_spawn", spawn)
+    slots = Slots(1)
+    with pytest.raises(OSError, match="no memory"):
+        study.execute([short("adamw")], slots)
+    assert slots.take() == 0
+
+
+def test_two_threads_may_write_the_same_file(tmp_path: Path) -> None:
+    """Each under a temporary name of its own; the last one to end stays."""
+    both = threading.Barrier(2, timeout=10)
+
+    def write(text: str) -> None:
+        with replacing(tmp_path / "config.json") as temporary:
+            temporary.write_text(text)
+            both.wait()
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, ["one", "two"]))
+    assert (tmp_path / "config.json").read_text() in ("one", "two") and len(list(tmp_path.iterdir())) == 1
