@@ -15,7 +15,7 @@ from gnlib import bench, compare, readme, results
 from gnlib.files import home
 from gnlib.profiles import find_profile
 from gnlib.record import Record
-from gnlib.studies import study_configs, study_records
+from gnlib.studies import STUDIES, study_configs, study_records
 from gnlib.study import StudyError
 
 Table = Callable[[list[Record], float], Any]  # records, target -> the table behind the figure
@@ -41,8 +41,12 @@ FIGURES: dict[str, tuple[str, Table]] = {  # notebook -> study, table
     "09_stateless_optimizers": ("stateless", curves),
 }
 DRAWN: dict[str, dict[str, list[str] | None]] = {  # profile -> notebook -> methods; None is all
-    "laptop": dict.fromkeys(FIGURES) | {"05_layerwise": ["gauss_newton", "layerwise"]},
-    "h200": dict.fromkeys(["01_iteration_complexity", "04_prox_linear", "07_line_search"]),
+    "laptop": dict.fromkeys(FIGURES),
+    "h200": {
+        **dict.fromkeys(["01_iteration_complexity", "04_prox_linear", "06_schedules", "07_line_search"]),
+        "05_layerwise": ["gauss_newton", "layerwise"],
+        "08_inner_solver": [name for name in STUDIES["inner_solver"].methods if name != "inner_cg"],
+    },
 }
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
