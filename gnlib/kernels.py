@@ -7,8 +7,9 @@ Attention, without an S x S tensor: with S = q k^T / sqrt K, P = softmax(S), y =
 so that one sweep over the keys with a running maximum, as in flash attention (arXiv 2205.14135), accumulates all of it:
 five products of a tile where the forward has two. `gnlib.tangents.dense_attention` is the same in plain PyTorch.
 
-Cross-entropy, in one sweep over a row of logits, and its expansion in two, the second out of the cache: `gnlib.losses`
-has the same in plain PyTorch, whose compiled form takes up to four times as long over them.
+Cross-entropy, in one sweep over a row of logits, and its expansion in two, the second out of the cache, or for a short
+row with its exponentials kept in registers: `gnlib.losses` has the same in plain PyTorch, whose compiled form takes
+three times as long over them.
 
 Triton comes with the CUDA builds of torch; this module is imported where a GPU runs.
 """
@@ -20,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SHORT = 2**15  # logits of a row that a program holds in registers
+SWEEP = 2**13  # logits of a row that a program reads at once
+SHORT = 2**15  # logits whose exponentials it can keep in registers
 
 
 @triton.jit
@@ -215,10 +217,9 @@ def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tupl
     """
     n, vocabulary = z.shape
     loss, value = torch.empty(2, n, dtype=torch.float32, device=z.device)
-    columns = triton.next_power_of_2(vocabulary)
-    kernel, columns, warps = _expansion, min(8192, columns), max(4, min(16, columns // 512))
-    if columns < vocabulary <= SHORT:
-        kernel, columns, warps = _short_expansion, triton.next_power_of_2(vocabulary), 32
+    whole = triton.next_power_of_2(vocabulary)
+    kernel, columns = (_short_expansion, whole) if SWEEP < whole <= SHORT else (_expansion, min(SWEEP, whole))
+    warps = 32 if kernel is _short_expansion else max(4, columns // 512)
     kernel[(n,)](
         z, v, y, loss, value, z.stride(0), v.stride(0), vocabulary, n, PROX=prox, COLUMNS=columns, num_warps=warps
     )
@@ -246,6 +247,6 @@ def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
     """Mean over the n rows of -log softmax(z)[y]; z [n, V] contiguous in V, y [n]. Computed in fp32."""
     n, vocabulary = z.shape
     loss = torch.empty(n, dtype=torch.float32, device=z.device)
-    columns = min(8192, triton.next_power_of_2(vocabulary))
+    columns = min(SWEEP, triton.next_power_of_2(vocabulary))
     _loss[(n,)](z, y, loss, z.stride(0), vocabulary, COLUMNS=columns, num_warps=max(4, columns // 512))
     return loss.mean()

@@ -116,7 +116,7 @@ class DecoderLinearisation(Linearisation):
         return compiled_once(rule) if self.compiled else rule
 
     def _through(self, block: Block, x: Tensor) -> Tensor:
-        attention_in, query, key, q, k, v = self.run(Block.before)(block, x, self.rotation, True)
+        attention_in, query, key, q, k, v = self.run(Block.before)(block, x, self.rotation, fused=True)
         attention = Attention.of(q, k, v)
         y = attention.y.detach()
         middle, mlp_in, hidden, activated, out = self.run(Block.after)(block, x, y)
@@ -215,7 +215,7 @@ class DecoderLinearisation(Linearisation):
         u, uy, found = self.run(pullbacks.after)(block, tape, u, names)
         if further or len(found) < len(names):
             uheads = attention.pullback(uy, keep)
-            together, scales = pullbacks.projected(block, self.rotation, tape, uheads, names)
+            together, scales = pullbacks.normed_and_rotated(block, self.rotation, tape, uheads, names)
             u, more = self.run(pullbacks.before)(block, tape, u, together, names)
             found |= scales | more
         return u, found

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gnlib.config import ConfigError
+from gnlib.precision import triton_takes
 
 
 class ConvexLoss(Protocol):
@@ -102,7 +103,7 @@ class MeanSquaredError:
 def has_kernel(loss: ConvexLoss, z: Tensor) -> bool:
     """Whether `gnlib.kernels` computes the loss of outputs like z [n, V]."""
     # not isinstance: a class derived from it may change the loss
-    return z.is_cuda and z.ndim == 2 and z.dtype != torch.float64 and type(loss) is CrossEntropy
+    return triton_takes(z) and z.ndim == 2 and type(loss) is CrossEntropy
 
 
 def _minus_target(p: Tensor, y: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gnlib.config import RunConfig
-from gnlib.precision import has_kernels
+from gnlib.precision import triton_takes
 
 ROPE_THETA = 1e4
 NORM_EPS = 1e-6
@@ -61,26 +61,26 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.head_count, -1)).transpose(1, 2)
 
     def before(
-        self, x: Tensor, rotation: Tensor, fused: bool = False
+        self, x: Tensor, rotation: Tensor, *, fused: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What comes before attention: its input, query, key [B, S, D] and the heads' q, k, v [B, H, S, K].
 
-        `fused` is for passes without a graph: through Triton on a GPU, which has no derivative.
+        `fused` is for passes without a graph: on a GPU through Triton, where autograd would end without a word.
         """
         attention_in = self.norm1(x)
         query, key = self.query(attention_in), self.key(attention_in)
-        q = self._turned(self.query_norm, query, rotation, fused)
-        k = self._turned(self.key_norm, key, rotation, fused)
+        q = self._normed_and_rotated(self.query_norm, query, rotation, fused)
+        k = self._normed_and_rotated(self.key_norm, key, rotation, fused)
         v = self.split(self.value(attention_in))
         # under autocast the norms return fp32, where attention wants one dtype and products have cast already
         return attention_in.to(v.dtype), query, key, q.to(v.dtype), k.to(v.dtype), v
 
-    def _turned(self, norm: nn.LayerNorm, x: Tensor, rotation: Tensor, fused: bool) -> Tensor:
+    def _normed_and_rotated(self, norm: nn.LayerNorm, x: Tensor, rotation: Tensor, fused: bool) -> Tensor:
         """RoPE(norm(x)): [B, S, D] -> [B, H, S, K]."""
-        if fused and has_kernels(x):
+        if fused and triton_takes(x):
             from gnlib import query_key_kernels  # needs Triton
 
-            return query_key_kernels.turned(x, norm.weight, rotation, self.head_count)
+            return query_key_kernels.normed_and_rotated(x, norm.weight, rotation, self.head_count)
         return rotate(self.split(norm(x)), rotation)
 
     def after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -92,8 +92,8 @@ class Block(nn.Module):
         activated = F.gelu(hidden)
         return middle, mlp_in.to(hidden.dtype), hidden, activated, middle + self.down(activated)
 
-    def forward(self, x: Tensor, rotation: Tensor, fused: bool = False) -> Tensor:
-        _, _, _, *heads = self.before(x, rotation, fused)
+    def forward(self, x: Tensor, rotation: Tensor, *, fused: bool = False) -> Tensor:
+        _, _, _, *heads = self.before(x, rotation, fused=fused)
         return self.after(x, attention(*heads))[-1]
 
 
@@ -139,12 +139,12 @@ class Decoder(nn.Module):
             else:
                 parameter.fill_(1.0)
 
-    def features(self, tokens: Tensor, fused: bool = False) -> Tensor:
+    def features(self, tokens: Tensor, *, fused: bool = False) -> Tensor:
         """[B, S] -> normed features [B, S, D]; `fused` as in `Block.before`."""
         x = self.embedding(tokens)
         rotation = self.rotation[:, : tokens.shape[1]]
         for block in self.blocks:
-            x = block(x, rotation, fused)
+            x = block(x, rotation, fused=fused)
         return self.final_norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:

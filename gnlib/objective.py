@@ -158,7 +158,7 @@ def forward_loss(loss: ConvexLoss, compiled: bool = False) -> Callable[[nn.Modul
     def value(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         if not isinstance(model, Decoder):
             return loss.value(outputs_of(model, inputs), targets)
-        x = features(model, inputs, True).flatten(0, -2)
+        x = features(model, inputs, fused=True).flatten(0, -2)
         return head.mean_loss(x, model.head.weight, targets.flatten(), loss, compiled)
 
     return value

@@ -28,6 +28,6 @@ def compiled_once(rule: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(rule)
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether what is computed of tensors like x, without a graph, can go through Triton."""
+def triton_takes(x: Tensor) -> bool:
+    """Whether what is computed of tensors like x, without a graph, can go through the project's kernels."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float32)

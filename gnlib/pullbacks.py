@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gnlib.model import Block, BlockTape, attention, merge, rotate
-from gnlib.precision import has_kernels
+from gnlib.precision import triton_takes
 from gnlib.tangents import PROJECTIONS, Heads, along_normed, centred, gelu, layer_normed, rms_normed
 
 Gradients = dict[str, Tensor]  # by a block's own parameter names
@@ -95,24 +95,25 @@ def after(block: Block, tape: BlockTape, u: Tensor, names: Collection[str]) -> t
     return u, block.split(u @ block.out.weight), found
 
 
-def projected(
+def normed_and_rotated(
     block: Block, rotation: Tensor, tape: BlockTape, uheads: Heads, names: Collection[str]
 ) -> tuple[Tensor, Gradients]:
     """From q, k, v to query, key and value side by side [B, S, 3 D], and gradients of the norms' scales.
 
         q = RoPE(norm(query)), k = RoPE(norm(key)), v = value
 
-    Not to be compiled: its kernels write parts of one tensor, which torch 2.11's compiler gets wrong at some widths.
+    Not to be compiled: its kernels write parts of one tensor, and compiled by torch 2.11 they reached outside of memory
+    (width 768, 16 heads, 32 sequences of 1024).
     """
     inputs, scales = (tape.query, tape.key), (block.query_norm.weight, block.key_norm.weight)
-    if has_kernels(uheads[0]):
+    if triton_takes(uheads[0]):
         from gnlib import query_key_kernels  # needs Triton
 
         scaled = not set(SCALES).isdisjoint(names)
         together, gradients = query_key_kernels.pullback(inputs, scales, uheads, rotation, scaled)
     else:
-        turned = [merge(unrotate(u, rotation)) for u in uheads[:2]]
-        parts = [layer_norm(x, scale, u) for x, scale, u in zip(inputs, scales, turned, strict=True)]
+        unturned = [merge(unrotate(u, rotation)) for u in uheads[:2]]
+        parts = [layer_norm(x, scale, u) for x, scale, u in zip(inputs, scales, unturned, strict=True)]
         together = torch.cat([*(u.to(uheads[2].dtype) for u, _ in parts), merge(uheads[2])], -1)
         gradients = [gradient for _, gradient in parts]
     return together, {name: gradient for name, gradient in zip(SCALES, gradients, strict=False) if name in names}

@@ -13,8 +13,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -133,8 +132,10 @@ def run_study(
             check(config)
         missing = sorted((pinned(config) for config in missing), key=cost, reverse=True)  # the longest first
         starts = {start.run_id: start for start in map(start_config, missing) if start.outer_steps}
-        with _STARTING:  # the settings of a sweep share it
-            execute([start for start in starts.values() if _unended(start)], jobs, keep_weights=True, executor=executor)
+        if starts:
+            with _STARTING:  # the settings of a sweep share it
+                unended = [start for start in starts.values() if _unended(start)]
+                execute(unended, jobs, keep_weights=True, executor=executor)
         execute(missing, jobs, executor=executor)
     found = find(configs, profile, fresh)
     assert all(record is not None for record in found)
@@ -195,8 +196,7 @@ def run_processes(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) 
             if slots.closed:
                 raise StudyError(f"stopped with {len(waiting) + len(running)} to run; the same command continues")
             while waiting and (slot := slots.take()) is not None:
-                with _returned_on_failure(slots, slot):
-                    running.append(_launch(waiting.pop(0), slot, keep_weights))
+                running.append(_launched(slots, slot, waiting.pop(0), keep_weights))
             for job in running.copy():
                 _show(job)
                 if job.process.poll() is not None:
@@ -211,6 +211,8 @@ def run_processes(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) 
         for job in running:  # Ctrl-C: the runs continue from their checkpoints next time
             job.process.terminate()
             job.bar.close()
+        for job in running:
+            job.process.wait()  # its memory is free before another run takes the slot
             slots.give(job.slot)
         overall.close()
     if failed:
@@ -228,11 +230,10 @@ def default_jobs(configs: Sequence[RunConfig]) -> int:
     return max(1, len(os.sched_getaffinity(0)) // threads)
 
 
-@contextmanager
-def _returned_on_failure(slots: Slots, slot: int) -> Iterator[None]:
-    """A run that cannot be launched must not take its place away from the others."""
+def _launched(slots: Slots, slot: int, config: RunConfig, keep_weights: bool) -> _Job:
+    """A run that cannot be launched gives its slot back."""
     try:
-        yield
+        return _launch(config, slot, keep_weights)
     except BaseException:
         slots.give(slot)
         raise

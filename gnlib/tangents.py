@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gnlib.model import NORM_EPS, Block, BlockTape, merge, rotate
-from gnlib.precision import has_kernels
+from gnlib.precision import triton_takes
 
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v or their tangents, each [B, H, S, K]
 Tangents = Mapping[str, Tensor]  # parameter name -> tangent of its shape; a missing name is zero
@@ -91,7 +91,7 @@ def attention(heads: Heads, dheads: Heads, y: Tensor) -> Tensor:
     dP = P (dS - rowsum(P dS)) with dS = (dq k^T + q dk^T) / sqrt K. All [B, H, S, K]. On a GPU in bf16 or TF32 by
     `gnlib.kernels`, without a tensor of S x S.
     """
-    if has_kernels(heads[0]) and (heads[0].dtype == torch.bfloat16 or _tf32()):
+    if triton_takes(heads[0]) and (heads[0].dtype == torch.bfloat16 or _tf32()):
         from gnlib.kernels import attention_tangent  # needs Triton
 
         return attention_tangent(heads, dheads, y)
@@ -122,8 +122,8 @@ def block(block: Block, rotation: Tensor, tape: BlockTape, dx: Tensor | None, d:
 
     din = rms_norm(tape.x, block.norm1.weight, dx, get("norm1"))
     dquery, dkey, dvalue = _projected(block, tape.attention_in, din, d)
-    dq = _turned(block, rotation, block.query_norm.weight, tape.query, dquery, get("query_norm"))
-    dk = _turned(block, rotation, block.key_norm.weight, tape.key, dkey, get("key_norm"))
+    dq = _rotated(block, rotation, block.query_norm.weight, tape.query, dquery, get("query_norm"))
+    dk = _rotated(block, rotation, block.key_norm.weight, tape.key, dkey, get("key_norm"))
     dmixed = _attention_from(tape, dq, dk, None if dvalue is None else block.split(dvalue))
     dmiddle = add(dx, linear(merge(tape.y), block.out.weight, dmixed, get("out")))
     din = rms_norm(tape.middle, block.norm2.weight, dmiddle, get("norm2"))
@@ -143,16 +143,16 @@ def _projected(block: Block, x: Tensor, dx: Tensor | None, d: Tangents) -> Seque
     return together.chunk(len(weights), -1)
 
 
-def _turned(
+def _rotated(
     block: Block, rotation: Tensor, weight: Tensor, x: Tensor, dx: Tensor | None, dweight: Tensor | None
 ) -> Tensor | None:
     """Of q = RoPE(norm(query)) or k: [B, S, D] -> [B, H, S, K]."""
-    if dx is not None and has_kernels(x):
+    if dx is not None and triton_takes(x):
         from gnlib import query_key_kernels  # needs Triton
 
         return query_key_kernels.tangent(x, weight, dx, dweight, rotation, block.head_count)
-    turned = layer_norm(x, weight, dx, dweight)
-    return None if turned is None else rotate(block.split(turned), rotation)
+    normed = layer_norm(x, weight, dx, dweight)
+    return None if normed is None else rotate(block.split(normed), rotation)
 
 
 def _attention_from(tape: BlockTape, *dheads: Tensor | None) -> Tensor | None:

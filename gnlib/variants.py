@@ -205,7 +205,9 @@ def _ending(profile: str, setting: Setting) -> Changes:
     """Runs that only show steps to the target end there: the baselines' beyond Figure 1, and those whose learning rate
     is constant, for which the number of steps is a cap."""
     constant = _changes(setting).get("method.inner.schedule") == "constant"
-    if setting.budget or (setting.is_gauss_newton and not constant):
+    if setting.budget:
+        return {"evaluation.stop_below": None}
+    if setting.is_gauss_newton and not constant:
         return {}
     cap = {"outer_steps": most_steps(profile, setting)} if constant else {}
     return {"evaluation.stop_below": find_profile(profile).target} | cap

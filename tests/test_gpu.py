@@ -1,4 +1,4 @@
-"""What only a GPU can show: the flash tangent, the compiled objectives and the precisions against float64 on the CPU.
+"""What only a GPU can show: the kernels, the compiled objectives and the precisions against float64 on the CPU.
 
     pytest -m gpu tests          on a machine with one; elsewhere each of these skips itself
 """
@@ -66,32 +66,43 @@ def test_the_flash_tangent_is_the_dense_rule(precision: str, shape: tuple[int, .
     assert _distance(found, expected) < BOUNDS[precision]
 
 
-def _turning(precision: str, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Tensors [B, S, D] and heads [B, H, S, K] of both layouts on the GPU, and RoPE's table."""
+NORMED = [*SHAPES, (2, 8, 300, 64), (2, 16, 70, 48)]
+
+
+def _inputs(precision: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Two tensors [B, S, D] on the GPU and RoPE's table."""
     generator = torch.Generator().manual_seed(0)
     sequences, heads, length, features = shape
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    flat = torch.randn(4, sequences, length, heads * features, generator=generator).to("cuda", dtype) + 0.3
-    stored = torch.randn(sequences, length, heads, features, generator=generator).to("cuda", dtype).transpose(1, 2)
-    by_head = torch.randn(2, *shape, generator=generator).to("cuda", dtype)
-    return list(flat), [stored, *by_head], rope_table(length + 3, features).float().cuda()[:, :length]
+    x, dx = torch.randn(2, sequences, length, heads * features, generator=generator).to("cuda", dtype) + 0.3
+    return x, dx, rope_table(length + 3, features).float().cuda()[:, :length]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 300, 64), (2, 16, 70, 48)])
+def _cotangents(precision: str, shape: tuple[int, ...]) -> list[Tensor]:
+    """Of q, k and v, [B, H, S, K] in memory as [B, S, H, K], [B, H, K, S] and [B, H, S, K]."""
+    generator = torch.Generator().manual_seed(1)
+    sequences, heads, length, features = shape
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    orders = [(sequences, length, heads, features), (sequences, heads, features, length), shape]
+    q, k, v = (torch.randn(order, generator=generator).to("cuda", dtype) for order in orders)
+    return [q.transpose(1, 2), k.mT, v]
+
+
+@pytest.mark.parametrize("shape", NORMED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_normed_and_rotated_queries_are_the_plain_rule(precision: str, shape: tuple[int, ...]) -> None:
-    (x, *_), _, rotation = _turning(precision, shape)
+    x, _, rotation = _inputs(precision, shape)
     weight = 1 + torch.rand(x.shape[-1], device="cuda")
-    found = query_key_kernels().turned(x, weight, rotation, shape[1])
+    found = query_key_kernels().normed_and_rotated(x, weight, rotation, shape[1])
     normed = F.layer_norm(x.double(), weight.shape, weight.double(), eps=NORM_EPS)
     expected = rotate(normed.unflatten(-1, (shape[1], -1)).transpose(1, 2), rotation.double())
     assert found.dtype == x.dtype and _distance(found, expected) < BOUNDS[precision]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 300, 64), (2, 16, 70, 48)])
+@pytest.mark.parametrize("shape", NORMED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_tangent_of_normed_and_rotated_queries_is_the_plain_rule(precision: str, shape: tuple[int, ...]) -> None:
-    (x, dx, *_), _, rotation = _turning(precision, shape)
+    x, dx, rotation = _inputs(precision, shape)
     weight, dweight = 1 + torch.rand(2, x.shape[-1], device="cuda")
     wide = torch.cat([x, dx], -1)  # a part of a wider tensor, as the projections' one product returns it
     for moved in (None, dweight):
@@ -102,30 +113,31 @@ def test_the_tangent_of_normed_and_rotated_queries_is_the_plain_rule(precision: 
         assert found.dtype == x.dtype and _distance(found, expected) < BOUNDS[precision]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 300, 64), (2, 16, 70, 48)])
+@pytest.mark.parametrize("shape", NORMED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_pullback_of_queries_keys_and_values_is_the_plain_rule(precision: str, shape: tuple[int, ...]) -> None:
-    (query, key, *_), heads, rotation = _turning(precision, shape)
+    query, key, rotation = _inputs(precision, shape)
+    cotangents = _cotangents(precision, shape)
     weights = 1 + torch.rand(2, query.shape[-1], device="cuda")
     expected, sums = [], []
-    for x, weight, u in zip((query, key), weights, heads, strict=False):
-        turned = merge(pullbacks.unrotate(u.double(), rotation.double()))
-        ux, gradient = pullbacks.layer_norm(x.double(), weight.double(), turned)
+    for x, weight, u in zip((query, key), weights, cotangents[:2], strict=True):
+        unrotated = merge(pullbacks.unrotate(u.double(), rotation.double()))
+        ux, gradient = pullbacks.layer_norm(x.double(), weight.double(), unrotated)
         expected.append(ux)
         sums.append(gradient)
     for scaled in (True, False):
-        found, gradients = query_key_kernels().pullback((query, key), weights, heads, rotation, scaled)
-        assert _distance(found, torch.cat([*expected, merge(heads[2]).double()], -1)) < BOUNDS[precision]
+        found, gradients = query_key_kernels().pullback((query, key), weights, cotangents, rotation, scaled)
+        assert _distance(found, torch.cat([*expected, merge(cotangents[2]).double()], -1)) < BOUNDS[precision]
         assert len(gradients) == 2 * scaled
         for gradient, whole in zip(gradients, sums, strict=False):
             assert _distance(gradient, whole) < BOUNDS[precision]
 
 
 def _gradients(
-    kind: type[LinearisedObjective], compute: ComputeConfig, device: str, dtype: torch.dtype
+    kind: type[LinearisedObjective], width: int, compute: ComputeConfig, device: str, dtype: torch.dtype
 ) -> list[dict[str, Tensor]]:
     """Of every layer of a small decoder on odd shapes: 130 tokens, a vocabulary that no chunk divides."""
-    model = Decoder(301, 64, 96, 2, 2, 130)
+    model = Decoder(301, width, 96, 2, 2, 130)
     model.initialise(0)
     generator = torch.Generator().manual_seed(1)
     inputs, targets = torch.randint(301, (2, 3, 130), generator=generator).to(device)
@@ -140,7 +152,7 @@ def _gradients(
 
 
 def _logits(dtype: torch.dtype, vocabulary: int = 20_001) -> tuple[Tensor, Tensor, Tensor]:
-    """z, v and targets over a vocabulary of several sweeps, the last of which is not whole."""
+    """z, v and targets."""
     generator = torch.Generator().manual_seed(0)
     z, v = 5 * torch.randn(2, 7, vocabulary, generator=generator)
     y = torch.randint(vocabulary, (7,), generator=generator)
@@ -157,8 +169,8 @@ def test_the_loss_over_a_large_vocabulary_is_that_of_float64(dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prox", [False, True])
-@pytest.mark.parametrize("vocabulary", [301, 20_001, 40_001])  # in bf16 the last alone is longer than registers hold
-def test_the_expansion_over_a_large_vocabulary_is_that_of_float64(
+@pytest.mark.parametrize("vocabulary", [301, 20_001, 40_001])  # one sweep; in registers; several sweeps
+def test_the_expansion_over_a_vocabulary_is_that_of_float64(
     vocabulary: int, prox: bool, dtype: torch.dtype
 ) -> None:
     z, v, y = _logits(dtype, vocabulary)
@@ -189,13 +201,14 @@ def test_the_line_searchs_loss_agrees_with_float64(
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", [GaussNewtonObjective, ProxLinearObjective])
 @pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("width", [64, 96])  # heads of 32 and 48 features
 def test_gradients_of_every_layer_agree_with_float64(
-    precision: str, kind: type[LinearisedObjective], compiled: bool, monkeypatch: pytest.MonkeyPatch
+    width: int, precision: str, kind: type[LinearisedObjective], compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = _gradients(kind, ComputeConfig(precision="fp64"), "cpu", torch.float64)
+    expected = _gradients(kind, width, ComputeConfig(precision="fp64"), "cpu", torch.float64)
     monkeypatch.setattr("gnlib.head.CHUNK_ELEMENTS", 40_000)  # several chunks of unequal length
     compute = ComputeConfig(precision=precision, compile=compiled)  # type: ignore[arg-type]
-    found = _gradients(kind, compute, "cuda", torch.float32)
+    found = _gradients(kind, width, compute, "cuda", torch.float32)
     for block, reference in zip(found, expected, strict=True):
         flat = torch.cat([block[name].flatten().float() for name in reference])
         assert _distance(flat, torch.cat([g.flatten() for g in reference.values()])) < BOUNDS[precision]

@@ -150,12 +150,15 @@ def test_a_sweep_stops_after_its_minutes_and_says_what_is_left(monkeypatch: pyte
         def terminate(self) -> None:
             ended.append("terminated")
 
+        def wait(self) -> None:
+            ended.append("waited for")
+
     monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(study, "_spawn", lambda *_: Process())
     monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, allow_run: study.execute(configs, jobs))
     with pytest.raises(StudyError, match="adamw: stopped with 2 to run; the same command continues"):
         sweep(["iteration_complexity"], "tiny", jobs=2, minutes=0.005, tuned=False, methods=["adamw"], seeds=[1, 2])
-    assert ended == ["terminated"] * 2
+    assert ended == ["terminated"] * 2 + ["waited for"] * 2
 
 
 def test_a_sweep_leaves_the_records_of_its_studies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,3 +174,8 @@ def test_a_method_that_gains_from_longer_schedules_has_a_cap_of_its_own() -> Non
     assert most_steps("h200", Setting("muon")) == 96
     assert most_steps("h200", Setting("adamw", 16384)) == 96  # follows the batch as every cap does
     assert setting_config("laptop", Setting("sophia_g")).evaluation.stop_below == find_profile("laptop").target
+
+
+def test_a_run_at_a_budget_goes_on_below_the_target() -> None:
+    for name in ("sophia_g", "adamw", "gauss_newton"):
+        assert setting_config("laptop", Setting(name, 128, budget=True)).evaluation.stop_below is None
