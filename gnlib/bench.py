@@ -1,7 +1,8 @@
 """What a step costs: time, memory and matrix-product FLOPs of every method's inner step, beside a standard step.
 
 All methods of a size are measured in one process, on random tokens and random weights, through the code that trains:
-`OuterStep.inner_step`, optimiser and clipping included. `standard` is AdamW on the loss, compiled where the others are.
+`OuterStep.inner_step`, optimiser and clipping included, on a CPU with a run's threads (one by default). `standard` is
+AdamW on the loss, compiled where the others are.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ def bench(
 def _compare(size: str, precision: str, methods: Sequence[str], steps: int, compiled: bool | None) -> Any:
     """Rows of one size and precision; the standard step is timed before and after all others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ceiling = matmul_rate(precision, device)
     runs = {method: _Run(size, method, precision, device, compiled) for method in methods}
+    torch.set_num_threads(runs["standard"].config.compute.threads)  # as training does
+    ceiling = matmul_rate(precision, device)
     found = {method: run.measure(steps) for method, run in runs.items()}
     again = runs["standard"].measure(steps)
     standard = statistics.median([*found["standard"].pop("times"), *again["times"]])

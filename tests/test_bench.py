@@ -59,6 +59,12 @@ def test_time_is_measured_on_random_tokens() -> None:
     assert len(batch.inputs.unique()) > 20 and not torch.equal(batch.inputs, batch.targets)
 
 
+def test_steps_are_measured_with_the_threads_that_training_uses() -> None:
+    torch.set_num_threads(2)
+    bench(["tiny"], ["fp32"], ["standard"], steps=1)
+    assert torch.get_num_threads() == run_config("tiny", "adamw").compute.threads == 1
+
+
 def test_every_timed_step_has_a_time_and_the_warm_up_has_none() -> None:
     calls: list[int] = []
     assert len(timed(lambda: calls.append(1), 3, CPU)) == 3
