@@ -112,8 +112,8 @@ def normed_and_rotated(
         scaled = not set(SCALES).isdisjoint(names)
         together, gradients = query_key_kernels.pullback(inputs, scales, uheads, rotation, scaled)
     else:
-        unturned = [merge(unrotate(u, rotation)) for u in uheads[:2]]
-        parts = [layer_norm(x, scale, u) for x, scale, u in zip(inputs, scales, unturned, strict=True)]
+        unrotated = [merge(unrotate(u, rotation)) for u in uheads[:2]]
+        parts = [layer_norm(x, scale, u) for x, scale, u in zip(inputs, scales, unrotated, strict=True)]
         together = torch.cat([*(u.to(uheads[2].dtype) for u, _ in parts), merge(uheads[2])], -1)
         gradients = [gradient for _, gradient in parts]
     return together, {name: gradient for name, gradient in zip(SCALES, gradients, strict=False) if name in names}
