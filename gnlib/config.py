@@ -62,7 +62,10 @@ class DataConfig(Section):
     sequence_length: int = Field(64, gt=1)
     """Tokens predicted per sequence."""
     validation_fraction: float = Field(0.05, gt=0, lt=0.5)
-    """Share of the documents held out, chosen by a hash of the document."""
+    """Share of the documents held out, chosen by a hash of the document, or of the group it belongs to."""
+    group: str | None = Field(None, min_length=1)
+    """Field of .jsonl rows or column of .parquet files, such as `id`, whose text up to the first `#` names what a
+    document is a piece of, such as a book: its pieces are held out together. None takes every document by itself."""
     max_tokens: int | None = Field(None, gt=0)
     """Stop preparing after this many training tokens (needed for C4); None takes everything."""
     fingerprint: str | None = None

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -44,21 +44,35 @@ _SIGNATURE = re.compile(r"\s*[\w.]+\s?\(.*\)\s*(->.*)?:?")
 _DOCUMENT_CHARACTERS = 8192
 
 
+class Document(NamedTuple):
+    text: str
+    group: str | None = None
+    """What it is a piece of, if a field was named for that."""
+
+
 def documents(source: str, skip: int = 0) -> Iterator[str]:
+    """The texts of `grouped_documents`."""
+    return (document.text for document in grouped_documents(source, skip))
+
+
+def grouped_documents(source: str, skip: int = 0, group: str | None = None) -> Iterator[Document]:
     """The documents of `source` in a fixed order, without the first `skip`; `ConfigError` if they cannot be read.
 
     `docstrings`; `c4` (streamed from Hugging Face) or `c4:FOLDER` (a local copy read the same way); the path of a file
     (field or column `text`) or a folder, its files sorted by path. A .txt file in a folder is one document; a lone one
     is split at two or more blank lines or, if it has none, at the first blank line past 8 kB (line end past 16 kB).
     Empty documents of files are dropped. A document, a line and a row group of a parquet file must each fit in memory.
+
+    `group` names a field of .jsonl rows or a column of .parquet files, whose text up to the first `#` is the group.
     """
     if source == "docstrings":
-        return islice(_docstrings(), skip, None)
+        return map(Document, islice(_docstrings(), skip, None))
     if source == "c4" or source.startswith("c4:"):
-        return _stream(None if source == "c4" else str(located(source)), skip)
+        return map(Document, _stream(None if source == "c4" else str(located(source)), skip))
     files = _files(source)
     whole = located(source).is_dir()
-    return islice((text for path in files for text in _read(path, whole) if text.strip()), skip, None)
+    found = (document for path in files for document in _read(path, whole, group))
+    return islice((document for document in found if document.text.strip()), skip, None)
 
 
 def identity(source: str) -> list[str]:
@@ -109,11 +123,16 @@ def _summary(path: Path, root: Path) -> str:
     return f"{path.relative_to(root).as_posix()} {path.stat().st_size} {digest}"
 
 
-def _read(path: Path, whole: bool) -> Iterator[str]:
+def _read(path: Path, whole: bool, group: str | None) -> Iterator[Document]:
     kind = next(suffix for suffix in reversed(path.suffixes) if suffix not in (".gz", ".zst"))
-    readers: dict[str, Callable[[Path], Iterator[str]]] = {".jsonl": _jsonl, ".parquet": _parquet}
+    readers: dict[str, Callable[[Path, str | None], Iterator[Document]]] = {".jsonl": _jsonl, ".parquet": _parquet}
     try:
-        yield from readers.get(kind, _whole if whole else _txt)(path)
+        if kind in readers:
+            yield from readers[kind](path, group)
+        elif group:
+            raise ConfigError(f"data.group: {path} has no field {group}; allowed for .jsonl and .parquet files")
+        else:
+            yield from map(Document, (_whole if whole else _txt)(path))
     except ConfigError:
         raise
     except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's and the decoders' are ValueErrors
@@ -166,25 +185,33 @@ def _has_two_blank_lines(path: Path) -> bool:
     return False
 
 
-def _jsonl(path: Path) -> Iterator[str]:
+def _document(text: str, row: dict[str, Any], group: str | None, where: str) -> Document:
+    if group and row.get(group) is None:
+        raise ConfigError(f"data.group: {where} has no {group} among {', '.join(row)}")
+    return Document(text, str(row[group]).split("#")[0] if group else None)
+
+
+def _jsonl(path: Path, group: str | None) -> Iterator[Document]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 raise ConfigError(f'data.source: {path}: line {number} is not an object with a string "text"')
-            yield row["text"]
+            yield _document(row["text"], row, group, f"{path}: line {number}")
 
 
-def _parquet(path: Path) -> Iterator[str]:
+def _parquet(path: Path, group: str | None) -> Iterator[Document]:
     with tempfile.TemporaryDirectory() if path.suffix != ".parquet" else contextlib.nullcontext() as folder:
         if folder:  # parquet needs random access
             with _open(path) as packed, open(Path(folder, "plain.parquet"), "wb") as plain:
                 shutil.copyfileobj(packed, plain, 1 << 20)
         with pyarrow.parquet.ParquetFile(Path(folder, "plain.parquet") if folder else path) as table:
-            if "text" not in table.schema_arrow.names:
-                raise ConfigError(f"data.source: {path}: no column text among {', '.join(table.schema_arrow.names)}")
-            for batch in table.iter_batches(batch_size=64, columns=["text"]):
-                yield from (text or "" for text in batch.column(0).to_pylist())
+            names = table.schema_arrow.names
+            if "text" not in names:
+                raise ConfigError(f"data.source: {path}: no column text among {', '.join(names)}")
+            columns = [name for name in dict.fromkeys(("text", group)) if name in names]
+            for batch in table.iter_batches(batch_size=64, columns=columns):
+                yield from (_document(row["text"] or "", row, group, f"{path}: a row") for row in batch.to_pylist())
 
 
 # C4

@@ -69,7 +69,8 @@ def _carried(config: DataConfig) -> Path | None:
 
 def _settings(config: DataConfig) -> dict[str, Any]:
     """What the tokens depend on besides the text."""
-    return config.model_dump(include={"source", "tokenizer", "vocabulary", "max_tokens", "validation_fraction"})
+    settings = config.model_dump(include={"source", "tokenizer", "vocabulary", "max_tokens", "validation_fraction"})
+    return settings | ({"group": config.group} if config.group else {})  # left out, old folders keep their names
 
 
 def _made(config: DataConfig, progress: bool) -> Path:
@@ -89,6 +90,9 @@ def _folder(config: DataConfig) -> Path:
 def _inputs(config: DataConfig) -> dict[str, Any]:
     if config.source == "c4" and config.max_tokens is None:
         raise ConfigError("data.max_tokens: c4 has 156 billion tokens; set a number of training tokens")
+    if config.group and (config.source in ("docstrings", "c4", "synthetic") or config.source.startswith("c4:")):
+        where = "allowed for .jsonl and .parquet files"
+        raise ConfigError(f"data.group: {config.source} has no field {config.group}; {where}")
     file = tokenizer_file(config.tokenizer)
     return _settings(config) | {
         "format": _FORMAT,
@@ -146,11 +150,10 @@ class _Piece(NamedTuple):
 
 def _pieces(config: DataConfig, skip: int) -> Iterator[_Piece]:
     """Documents cut before spaces, where byte-level BPE cuts as well."""
-    for document in corpus.documents(config.source, skip):
-        encoded = document.encode("utf-8", "replace")  # JSON may hold half a surrogate pair, which has no UTF-8
+    for document in corpus.grouped_documents(config.source, skip, config.group):
+        encoded = document.text.encode("utf-8", "replace")  # JSON may hold half a surrogate pair, which has no UTF-8
         text = encoded.decode()
-        held_out = int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big") < config.validation_fraction * 2**64
-        split: Split = "validation" if held_out else "train"
+        split = _split(encoded if document.group is None else document.group.encode("utf-8", "replace"), config)
         start = 0
         while len(text) - start > _PIECE:
             space = text.rfind(" ", start + 1, start + _PIECE)
@@ -158,6 +161,11 @@ def _pieces(config: DataConfig, skip: int) -> Iterator[_Piece]:
             yield _Piece(text[start:end], split, False)
             start = end
         yield _Piece(text[start:], split, True)
+
+
+def _split(hashed: bytes, config: DataConfig) -> Split:
+    held_out = int.from_bytes(hashlib.sha256(hashed).digest()[:8], "big") < config.validation_fraction * 2**64
+    return "validation" if held_out else "train"
 
 
 def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:

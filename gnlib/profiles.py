@@ -109,6 +109,8 @@ _C4 = {
     "validation_fraction": 0.001,
 }
 
+_PAPER_45M = {"width": 512, "mlp_width": 2048, "blocks": 4, "heads": 8}
+
 _LAPTOP_TARGET = 4.05
 
 PROFILES: dict[str, Profile] = {
@@ -225,10 +227,47 @@ PROFILES: dict[str, Profile] = {
             },
         ),
         Profile(
+            "english-45m",
+            "the paper's 45M model on your own English text (files in data/corpus/english); minutes a run on an H100",
+            {
+                "model": _PAPER_45M,
+                "data": {
+                    "source": "data/corpus/english",
+                    "vocabulary": 32000,
+                    "sequence_length": 1024,
+                    "validation_fraction": 0.02,
+                    "group": "id",
+                },
+                "start": {"batch": 128, "lr": 3e-3, "warmup": 50},
+                "outer_batch": 4096,
+                "evaluation.sequences": 1024,
+                "compute": {"precision": "bf16", "compile": True, "micro_batch": 32},
+            },
+            {
+                "method.inner.steps": 128,
+                "method.inner.lr": 0.02,
+                "method.inner.adam_lr": 0.006,
+                "outer_steps": 8,
+                "method.line_search.fraction": 0.125,
+            },
+            {"outer_steps": 40, "method.inner.warmup": 8},
+            target=3.6,
+            most_steps=(12, 96),
+            batches=(256, 1024, 4096, 16384),
+            budget=131072,
+            methods={
+                "layerwise": {"outer_steps": 12},
+                "muon": {"method.inner.lr": 0.04, "method.inner.adam_lr": 0.01},
+                "soap": {"method.inner.lr": 0.01, "method.inner.options": {"precondition_frequency": 1}},
+                "adamw": {"method.inner.lr": 0.004},
+            },
+            seeds=(1,),
+        ),
+        Profile(
             "paper-45m",
             "the paper's 45M model on C4 with the T5 tokenizer (arXiv 2510.09378, section 4)",
             {
-                "model": {"width": 512, "mlp_width": 2048, "blocks": 4, "heads": 8},
+                "model": _PAPER_45M,
                 "data": {**_C4, "max_tokens": 1_000_000_000},
                 "start": {"batch": 128, "lr": 3e-3, "warmup": 50},
                 "outer_batch": 4096,

@@ -28,7 +28,7 @@ GAUSS_NEWTON: dict[str, Any] = {
 OTHER_VALUES: dict[str, Any] = {
     "model.width": 128, "model.mlp_width": 128, "model.blocks": 3, "model.heads": 2, "model.seed": 1,
     "data.source": "synthetic", "data.tokenizer": "t5-base", "data.vocabulary": 2048, "data.sequence_length": 32,
-    "data.validation_fraction": 0.1, "data.max_tokens": 1000, "data.fingerprint": "abc",
+    "data.validation_fraction": 0.1, "data.max_tokens": 1000, "data.fingerprint": "abc", "data.group": "id",
     "start.chinchilla_fraction": 0.0, "start.batch": 8, "start.lr": 1e-3, "start.warmup": 10, "start.seed": 1,
     "method.objective": "prox_linear", "method.blocks": "matrix",
     "method.inner.optimizer": "adamw", "method.inner.lr": 0.5, "method.inner.adam_lr": 0.5,

@@ -37,10 +37,10 @@ def write(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def refusal(source: str) -> str:
+def refusal(source: str, group: str | None = None) -> str:
     """The message of the ConfigError that reading `source` raises."""
     with pytest.raises(ConfigError) as caught:
-        list(corpus.documents(source))
+        list(corpus.grouped_documents(source, group=group))
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -50,6 +50,24 @@ def test_every_file_type_and_compression_yields_the_same_documents(extension: st
     path = write(tmp_path / f"text{extension}", TEXTS)
     assert list(corpus.documents(str(path))) == TEXTS
     assert list(corpus.documents(str(path), skip=2)) == TEXTS[2:]
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "text.parquet"])
+def test_a_field_up_to_its_first_hash_names_the_group_of_a_document(name: str, tmp_path: Path) -> None:
+    rows = [{"text": text, "id": key} for text, key in zip(TEXTS, ("book/1#0", "book/1#1", "article/7"), strict=True)]
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(corpus.grouped_documents(str(path), group="id"))
+    assert found == list(zip(TEXTS, ("book/1", "book/1", "article/7"), strict=True))
+    assert [document.group for document in corpus.grouped_documents(str(path))] == [None] * 3
+    assert "data.group" in refusal(str(path), group="book")
+
+
+def test_a_group_of_a_txt_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert "allowed for .jsonl and .parquet files" in refusal(str(write(tmp_path / "a.txt", TEXTS)), group="id")
 
 
 def test_a_folder_is_read_in_sorted_order_and_a_txt_file_in_it_is_one_document(tmp_path: Path) -> None:

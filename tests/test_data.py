@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 from gnlib import corpus
 from gnlib import prepare as preparation
 from gnlib.config import ConfigError, DataConfig
-from gnlib.data import SPLITS, TokenFiles, TokenStream, validation_batches
+from gnlib.data import SPLITS, Split, TokenFiles, TokenStream, validation_batches
 from gnlib.prepare import prepare
 
 SENTENCE = "it was not that they have been in this place for long, but he and his dog are at the end of their day"
@@ -81,6 +82,29 @@ def test_preparing_twice_gives_the_same_bytes(config: DataConfig, monkeypatch: p
     assert first.fingerprint == second.fingerprint and len(first.fingerprint) == 16
 
 
+def test_pieces_of_a_group_are_held_out_together_and_without_one_each_by_itself(home: Path) -> None:
+    """Pieces spell their book's number, so that the held-out tokens say which books they are from."""
+    rows = [{"text": f"book{book} ", "id": f"{book}#{piece}"} for piece in range(20) for book in range(30)]
+    (home / "books.jsonl").write_text("".join(json.dumps(row | {"text": row["text"] * 9}) + "\n" for row in rows))
+    together = DataConfig(
+        source=str(home / "books.jsonl"), vocabulary=300, sequence_length=8, validation_fraction=0.2, group="id"
+    )
+
+    def books(config: DataConfig, split: Split) -> set[str]:
+        files = prepare(config, progress=False)
+        tokenizer = Tokenizer.from_file(str(files.folder / "tokenizer.json"))
+        return set(re.findall(r"book(\d+)", tokenizer.decode(files._tokens(split).tolist(), skip_special_tokens=False)))
+
+    held_out, kept = books(together, "validation"), books(together, "train")
+    assert held_out and not held_out & kept and len(held_out | kept) == 30
+    apart = together.model_copy(update={"group": None})
+    (home / "books.jsonl").write_text(  # equal texts would be held out together
+        "".join(json.dumps(row | {"text": row["text"] * (i + 1)}) + "\n" for i, row in enumerate(rows))
+    )
+    assert books(apart, "validation") & books(apart, "train")
+    assert "data.group" in refusal(DataConfig(source="docstrings", group="id"))
+
+
 def test_a_changed_file_is_prepared_in_another_folder(config: DataConfig) -> None:
     before = prepare(config, progress=False)
     jsonl(Path(config.source), texts(151))
@@ -111,15 +135,16 @@ def test_killed_and_resumed_c4_equals_uninterrupted(home: Path, monkeypatch: pyt
     monkeypatch.setenv("GNLIB_DATA", str(home / "killed"))
     monkeypatch.setattr(preparation, "_BATCH", 1_000)  # characters; and points to resume from every 8 kB
     monkeypatch.setattr(preparation, "_CHECKPOINT", 8_000)
-    real, skips = corpus.documents, []
+    real, skips = corpus.grouped_documents, []
 
-    def dying(source: str, skip: int = 0) -> Iterator[str]:
+    def dying(source: str, skip: int, group: str | None) -> Iterator[corpus.Document]:
         skips.append(skip)
-        yield from islice(real(source, skip), 60 if len(skips) == 2 else None)  # the first pass trains the tokenizer
-        if len(skips) == 2:
+        dies = len(skips) == 2  # the first pass trains the tokenizer
+        yield from islice(real(source, skip, group), 60 if dies else None)
+        if dies:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(corpus, "documents", dying)
+    monkeypatch.setattr(corpus, "grouped_documents", dying)
     folder = home / "killed" / "prepared" / whole.folder.name
     part = folder.with_name(f".{folder.name}.part")
     with pytest.raises(KeyboardInterrupt):
