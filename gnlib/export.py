@@ -28,8 +28,9 @@ def export(profile: str) -> int:
     wanted = {config.recipe_id for name in STUDIES for config in study_configs(name, profile)}
     wanted |= _tuning_runs(folder) | example_runs(profile)
     for record in load_folder(data_folder() / "runs"):
-        if record.ended and record.config.recipe_id in wanted:
-            records.write(folder / f"{record.config.recipe_id}.jsonl", record)
+        path = folder / f"{record.config.recipe_id}.jsonl"
+        if record.ended and record.config.recipe_id in wanted and records.read(path) != record:
+            records.write(path, record)  # one that says the same stays as it is: fields are added over time
     return _write_manifest(folder, wanted)
 
 

@@ -89,6 +89,8 @@ class Profile:
     """A higher cap for single methods, whose best run was as long as that allowed."""
     methods: dict[str, Changes] = field(default_factory=dict)
     """What single methods have beyond that."""
+    tuned: tuple[str, ...] | None = None
+    """Fields that `gnlib tune` searches, where a trial is too dear for all that a method has; None for all."""
     batches: tuple[int, ...] = ()
     """Outer batches of the studies over batch size, sequences; powers of 4 apart, `base`'s outer batch among them."""
     budget: int = 0
@@ -245,21 +247,22 @@ PROFILES: dict[str, Profile] = {
             },
             {
                 "method.inner.steps": 128,
-                "method.inner.lr": 0.02,
-                "method.inner.adam_lr": 0.006,
+                "method.inner.lr": 0.01,
+                "method.inner.adam_lr": 0.003,
                 "outer_steps": 8,
                 "method.line_search.fraction": 0.125,
             },
             {"outer_steps": 40, "method.inner.warmup": 8},
-            target=3.6,
+            target=4.45,
             most_steps=(12, 96),
+            tuned=("method.inner.lr",),
             batches=(256, 1024, 4096, 16384),
             budget=131072,
             methods={
                 "layerwise": {"outer_steps": 12},
-                "muon": {"method.inner.lr": 0.04, "method.inner.adam_lr": 0.01},
-                "soap": {"method.inner.lr": 0.01, "method.inner.options": {"precondition_frequency": 1}},
-                "adamw": {"method.inner.lr": 0.004},
+                "muon": {"method.inner.lr": 0.02, "method.inner.adam_lr": 0.003},
+                "soap": {"method.inner.lr": 0.005, "method.inner.options": {"precondition_frequency": 1}},
+                "adamw": {"method.inner.lr": 0.002},
             },
             seeds=(1,),
         ),

@@ -32,6 +32,7 @@ from gnlib.prepare import prepare
 from gnlib.record import Record, Row
 
 TOKENS_PER_PARAMETER = 20  # Chinchilla (arXiv 2203.15556)
+START_TOKENS = 1 << 15
 DIVERGED = 1.5  # times the loss at the start
 
 OnRow = Callable[[RunConfig, Row], None]
@@ -100,11 +101,18 @@ def start_config(config: RunConfig) -> RunConfig:
             "evaluation": {"every": max(1, steps // 10), "sequences": config.evaluation.sequences},
             # eager and deterministic: every machine of a kind makes the same start
             "compute": config.compute.model_copy(
-                update={"micro_batch": start.batch, "compile": False, "deterministic": True}
+                update={"micro_batch": _start_micro_batch(config), "compile": False, "deterministic": True}
             ),
             "seed": start.seed,
         }
     )
+
+
+def _start_micro_batch(config: RunConfig) -> int:
+    """Sequences at once, whatever the run's own are, so that all runs have one start: the most that divide the batch
+    and have at most 2^15 tokens, whose logits fit a GPU in eager mode."""
+    batch, most = config.start.batch, max(1, START_TOKENS // config.data.sequence_length)
+    return next(size for size in range(min(batch, most), 0, -1) if batch % size == 0)
 
 
 def start_weights(config: RunConfig, device: torch.device) -> dict[str, Tensor] | None:

@@ -59,7 +59,12 @@ def ladder(field: str, start: int, values: Sequence[int], most: int, capped: boo
 
 def axes_of(profile: str, setting: Setting) -> list[Axis]:
     """What is tuned: learning rates (also that of an AdamW part) or the damping, the number of outer steps up to a cap
-    where a schedule depends on it, and the baselines' warm-up."""
+    where a schedule depends on it, and the baselines' warm-up; of these what the profile allows."""
+    allowed = find_profile(profile).tuned
+    return [axis for axis in _all_axes(profile, setting) if allowed is None or axis.field in allowed]
+
+
+def _all_axes(profile: str, setting: Setting) -> list[Axis]:
     config = setting_config(profile, setting, use_tuned=False)
     inner, axes = config.method.inner, []
     if inner.optimizer == CONJUGATE_GRADIENT:

@@ -85,6 +85,18 @@ def test_exporting_twice_changes_nothing(home: Path, shipped: Path) -> None:
     assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before
 
 
+def test_a_shipped_record_from_before_a_field_was_added_is_not_written_again(home: Path, shipped: Path) -> None:
+    path = shipped / run(home, wanted()[0])
+    export("tiny")
+    first, rest = path.read_text().split("\n", 1)
+    line = json.loads(first)
+    del line["config"]["data"]["group"]
+    path.write_text(json.dumps(line) + "\n" + rest)
+    before = path.read_bytes()
+    export("tiny")
+    assert path.read_bytes() == before
+
+
 def test_an_unknown_profile_is_refused_and_nothing_written(home: Path) -> None:
     with pytest.raises(ConfigError, match="no profile 'huge'"):
         export("huge")

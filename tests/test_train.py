@@ -167,6 +167,16 @@ def test_weights_asked_for_later_are_those_of_the_same_run(monkeypatch: pytest.M
 # ---------------------------------------------------------------- the shared start
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_start_takes_at_most_2_15_tokens_at_once_whatever_the_runs_own_micro_batch_is(profile: str) -> None:
+    """The eager logits of the paper's batch of 128 sequences of 1024 and 32000 tokens would fill a GPU."""
+    config = run_config(profile, "adamw", use_tuned=False)
+    start = start_config(config)
+    at_once = start.compute.micro_batch
+    assert at_once * start.data.sequence_length <= 1 << 15 and start.outer_batch % at_once == 0
+    assert start_config(config.replace({"compute.micro_batch": 1})) == start
+
+
 def test_every_method_starts_from_one_checkpoint_that_is_trained_once(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = counted_steps(monkeypatch)
     fraction = 0.005

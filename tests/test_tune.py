@@ -297,6 +297,12 @@ def test_at_a_budget_the_final_loss_decides_and_the_length_is_given(
     assert list(table(home)) == ["gauss_newton@2048:budget"]
 
 
+def test_a_profile_of_dear_trials_says_which_fields_are_searched() -> None:
+    assert len(axes_of("h200", Setting("muon"))) == 4
+    for method in ("gauss_newton", "muon", "adamw"):
+        assert [axis.field for axis in axes_of("english-45m", Setting(method))] == ["method.inner.lr"]
+
+
 @pytest.mark.parametrize(
     ("profile", "setting", "last", "interior"),
     [
