@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field, replace
-from math import sqrt
 
 from gnlib.config import ConfigError, RunConfig
 from gnlib.profiles import ALL_METHODS, METHODS, Changes, find_profile, run_config, tuning
@@ -154,7 +153,7 @@ def setting_config(
     if tunable(setting) != setting:
         start, use_tuned = setting_config(profile, tunable(setting), seed), False
     else:
-        start = scaled(profile, run_config(profile, setting.base, seed), setting)
+        start = scaled(profile, run_config(profile, setting.base, seed), setting).replace(_rates(profile, setting))
     own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else {}
     return start.replace(_varied(start, variant), _ending(profile, setting), own, changes or {})
 
@@ -162,8 +161,8 @@ def setting_config(
 def scaled(profile: str, config: RunConfig, setting: Setting) -> RunConfig:
     """The base method's run at the setting's batch and length.
 
-    Gauss-Newton keeps its inner batch, so that N follows the outer batch; a baseline's learning rates follow its square
-    root. Steps and warm-up by `length`.
+    Learning rates stay: where they were tuned until interior, their optimum hardly moved with the batch. Gauss-Newton
+    keeps its inner batch, so that N follows the outer batch. Steps and warm-up by `length`.
     """
     batch = setting.batch or config.outer_batch
     if setting.at_home(profile):
@@ -179,17 +178,23 @@ def scaled(profile: str, config: RunConfig, setting: Setting) -> RunConfig:
     }
     if setting.is_gauss_newton:
         changes["method.inner.steps"] = max(1, round(inner.steps * ratio))
-    else:
-        changes["method.inner.lr"] = inner.lr * sqrt(ratio)
-        changes["method.inner.adam_lr"] = inner.adam_lr and inner.adam_lr * sqrt(ratio)
     return config.replace(changes)
+
+
+def _rates(profile: str, setting: Setting) -> Changes:
+    """At a budget: the learning rates tuned for steps to the target at the same batch, if they were."""
+    if not setting.budget:
+        return {}
+    found = tuning(profile, key(profile, replace(setting, budget=False))).get("settings", {})
+    return {name: rate for name, rate in found.items() if name in ("method.inner.lr", "method.inner.adam_lr")}
 
 
 def length(steps: int, ratio: float, setting: Setting) -> int:
     """Outer steps at `ratio` times the batch, to begin with: Gauss-Newton needs as many tokens of a smaller batch; a
-    baseline is between that and as many steps, as is Gauss-Newton at a larger batch."""
-    exponent = 1.0 if setting.is_gauss_newton and ratio < 1 else 0.5
-    return max(2, round(steps / ratio**exponent))
+    baseline is between that and as many steps, and so is Gauss-Newton at a larger batch, where a baseline, past its
+    critical batch, gains nothing."""
+    smaller, larger = (1.0, 0.5) if setting.is_gauss_newton else (0.5, 0.0)
+    return max(2, round(steps / ratio ** (smaller if ratio < 1 else larger)))
 
 
 def most_steps(profile: str, setting: Setting) -> int:
@@ -197,7 +202,7 @@ def most_steps(profile: str, setting: Setting) -> int:
     newton, limits = setting.is_gauss_newton, find_profile(profile)
     most = limits.longer.get(setting.base, limits.most_steps[not newton])
     ratio = (setting.batch or home_batch(profile)) / home_batch(profile)
-    own = most if newton and ratio > 1 else length(most, ratio, setting)
+    own = most if ratio > 1 else length(most, ratio, setting)
     return own * (2 if setting.name in VARIANTS else 1)
 
 

@@ -269,7 +269,8 @@ def test_another_batch_is_tuned_from_the_scaled_settings_and_kept_apart(
     runs = Runs(lambda config: 10 + abs(math.log2(config.method.inner.lr / 0.02)))
     monkeypatch.setattr(tuning, "run_study", runs)
     entry = tune("laptop", Setting("adamw", 512))
-    assert runs.rounds[0][0].method.inner.lr == 0.005  # half of the method's own
+    first = runs.rounds[0][0]
+    assert (first.method.inner.lr, first.outer_steps) == (0.01, 64)  # the method's own rate, twice its steps
     assert entry["settings"]["method.inner.lr"] == 0.02 and list(table(home)) == ["adamw@512"]
     assert {config.outer_batch for config in runs.configs} == {512}
     assert run_config("laptop", "adamw").method.inner.lr == 0.01

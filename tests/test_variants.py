@@ -98,10 +98,10 @@ def test_gauss_newton_keeps_its_inner_batch_and_rate_at_every_batch(method: str,
         assert config.method.inner.lr == own.method.inner.lr
 
 
-def test_a_baselines_rate_starts_at_the_square_root_of_the_batch_and_its_run_ends_at_the_target(home: Path) -> None:
+def test_a_baselines_rates_start_at_those_of_the_profiles_batch_and_its_run_ends_at_the_target(home: Path) -> None:
     tuned(home, muon={"method.inner.lr": 0.1, "method.inner.adam_lr": 0.04, "outer_steps": 24})
     config = setting_config("laptop", Setting("muon", 128))
-    assert (config.method.inner.lr, config.method.inner.adam_lr, config.outer_steps) == (0.025, 0.01, 96)
+    assert (config.method.inner.lr, config.method.inner.adam_lr, config.outer_steps) == (0.1, 0.04, 96)
     assert config.evaluation.stop_below == find_profile("laptop").target
     assert run_config("laptop", "muon").evaluation.stop_below is None
 
@@ -121,9 +121,9 @@ def test_what_was_tuned_for_a_setting_is_used_there_and_nowhere_else(home: Path)
     settings = [Setting("adamw"), Setting("adamw", 128), Setting("adamw", 128, True), Setting("adamw", 512)]
     settings.append(Setting("inner_adamw"))
     found = {key("laptop", each): setting_config("laptop", each).method.inner.lr for each in settings}
-    assert found == rates | {"adamw@512": 0.01}
+    assert found == rates | {"adamw@512": 0.02}
     start = setting_config("laptop", Setting("adamw", 128), use_tuned=False)
-    assert start.method.inner.lr == 0.005  # a quarter of what was tuned at the profile's batch
+    assert start.method.inner.lr == 0.02  # what was tuned at the profile's batch
 
 
 # ---------------------------------------------------------------- variants
@@ -161,6 +161,21 @@ def test_a_variant_without_tuning_of_its_own_runs_with_its_methods_at_the_same_b
     assert list(tuned_settings("line_search", "laptop")) == ["gauss_newton", "gauss_newton_no_search", "muon"]
 
 
+def test_past_the_profiles_batch_a_baseline_starts_with_as_many_steps(home: Path) -> None:
+    tuned(home, muon={"outer_steps": 24, "method.inner.warmup": 6})
+    larger = setting_config("laptop", Setting("muon", 8192))
+    assert (larger.outer_steps, larger.method.inner.warmup) == (24, 6)
+
+
+def test_at_a_budget_the_search_starts_from_the_rates_tuned_at_the_same_batch(home: Path) -> None:
+    rates = {"method.inner.lr": 0.3, "method.inner.adam_lr": 0.2}
+    tuned(home, **{"muon": {"method.inner.lr": 0.1}, "muon@128": rates | {"outer_steps": 24}})
+    found = setting_config("laptop", Setting("muon", 128, budget=True), use_tuned=False)
+    assert (found.method.inner.lr, found.method.inner.adam_lr, found.outer_steps) == (0.3, 0.2, 128)
+    elsewhere = setting_config("laptop", Setting("muon", 512, budget=True), use_tuned=False)
+    assert elsewhere.method.inner.lr == 0.1
+
+
 def test_a_variant_may_take_twice_the_steps_of_its_method() -> None:
     assert most_steps("laptop", Setting("gauss_newton")) == 6
     assert most_steps("laptop", Setting("cold_start")) == 12
@@ -172,7 +187,8 @@ def test_a_variant_may_take_twice_the_steps_of_its_method() -> None:
 def test_a_method_may_have_a_higher_cap_of_its_own() -> None:
     assert most_steps("h200", Setting("adamw")) == 192
     assert most_steps("h200", Setting("muon")) == 96
-    assert most_steps("h200", Setting("adamw", 16384)) == 96  # follows the batch as every cap does
+    assert most_steps("h200", Setting("adamw", 1024)) == 384  # follows the batch as every cap does
+    assert most_steps("h200", Setting("adamw", 16384)) == 192  # no fewer at a larger batch
     assert setting_config("laptop", Setting("sophia_g")).evaluation.stop_below == find_profile("laptop").target
 
 
