@@ -174,8 +174,10 @@ def sweeps(trials: pd.DataFrame, title: str = "") -> Figure:
 
 
 def rates_by_batch(trials: pd.DataFrame, title: str = "") -> Figure:
-    """The tuned learning rate of each method against the outer batch, both logarithmic."""
-    best = trials.loc[trials.groupby("entry")["score"].idxmin()].sort_values("batch")
+    """The tuned learning rate of each method against the outer batch, both logarithmic; no point where no trial reached
+    the target."""
+    scored = trials.dropna(subset="score")
+    best = scored.loc[scored.groupby("entry")["score"].idxmin()].sort_values("batch")
     with _figure(title, "of the best trial") as (figure, axes):
         for name in _order(list(best["method"].unique())):
             own = best[best["method"] == name]

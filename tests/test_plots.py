@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib as mpl
+import pandas as pd
 import pytest
 from test_results import made
 
@@ -91,3 +92,10 @@ def test_the_same_records_give_the_same_files(tmp_path: Path, monkeypatch: pytes
         folder = plots.save(plots.loss_curves(curves, TARGET), curves, "tiny", "stem")
         written.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert written[0] == written[1] and set(written[0]) == {"stem.png", "stem.pdf", "stem.csv"}
+
+
+def test_a_method_whose_trials_all_ended_above_the_target_has_no_tuned_rate_to_show() -> None:
+    rows = [("muon", "Muon", 0.1, 10.0), ("muon", "Muon", 0.2, 12.0), ("adamw", "AdamW", 0.1, None)]
+    trials = pd.DataFrame(rows, columns=["entry", "method", "lr", "score"]).assign(batch=1024)
+    shown = lines(plots.rates_by_batch(trials))
+    assert list(shown) == ["Muon"] and list(shown["Muon"].get_ydata()) == [0.1]
