@@ -23,11 +23,12 @@ from gnlib import head
 from gnlib.config import ConfigError, RunConfig
 from gnlib.linearise import DecoderLinearisation
 from gnlib.losses import CrossEntropy
+from gnlib.methods import Changes
 from gnlib.model import Decoder
 from gnlib.objective import LinearisedObjective
 from gnlib.outer_step import OuterStep, Purpose
 from gnlib.precision import matmul_precision
-from gnlib.profiles import Changes, records_folder, run_config
+from gnlib.profiles import records_folder, run_config
 from gnlib.record import environment
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from gnlib import readme as readme_table
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import replacing
 from gnlib.heldout import heldout
+from gnlib.methods import METHODS, MORE_METHODS
 from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
-from gnlib.profiles import METHODS, MORE_METHODS, PROFILES, find_profile, run_config, tuning
+from gnlib.profiles import PROFILES, find_profile, run_config, tuning
 from gnlib.record import Row
 from gnlib.studies import study_configs, tuned_settings
 from gnlib.study import StudyError, describe, expected, find, run_study, show_row

@@ -20,8 +20,9 @@ import torch
 
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import data_folder, replacing
+from gnlib.methods import METHODS, Changes
 from gnlib.optimizers import Solver, imported
-from gnlib.profiles import METHODS, Changes, find_profile, run_config
+from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
 from gnlib.results import by_method, crossing, curves, estimate, ratio
 from gnlib.studies import STUDIES, study_configs

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from gnlib.critical_batch import CriticalBatch, critical
-from gnlib.profiles import METHODS
+from gnlib.methods import METHODS
 from gnlib.record import Record
 from gnlib.results import Crossing, Estimate, crossing, estimate, final_loss, ratio, value_at
 from gnlib.variants import find_setting

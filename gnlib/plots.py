@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gnlib.config import ConfigError
 from gnlib.files import home, replacing
-from gnlib.profiles import ALL_METHODS, METHODS
+from gnlib.methods import ALL_METHODS, METHODS
 from gnlib.variants import VARIANTS
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gnlib.profiles import ALL_METHODS
-from gnlib.profiles import label as method_label
+from gnlib.methods import ALL_METHODS
+from gnlib.methods import label as method_label
 from gnlib.record import Record, Row
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def estimate(values: Sequence[float], censored: Sequence[bool] = ()) -> Estimate
 
 
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records grouped by label: the methods in the order of `profiles.ALL_METHODS`, then variants as they come; seeds
+    """Records grouped by label: the methods in the order of `methods.ALL_METHODS`, then variants as they come; seeds
     ascending."""
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.config.seed):

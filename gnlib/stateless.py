@@ -15,10 +15,10 @@ import torch
 from gnlib.blocks import hidden_matrices
 from gnlib.config import InnerConfig, RunConfig
 from gnlib.losses import CrossEntropy
+from gnlib.methods import find_method
 from gnlib.model import parameter_count, shapes_only
 from gnlib.optimizers import Solver, find
 from gnlib.outer_step import OuterStep
-from gnlib.profiles import find_method
 from gnlib.record import Record
 from gnlib.results import Estimate, by_method, crossing, estimate
 

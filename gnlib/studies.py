@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gnlib.config import ConfigError, RunConfig
-from gnlib.profiles import METHODS, find_profile
+from gnlib.methods import METHODS
+from gnlib.profiles import find_profile
 from gnlib.record import Record
 from gnlib.study import find, run_study
 from gnlib.variants import Setting, find_setting, home_batch, key, setting_config, tunable
@@ -18,7 +19,7 @@ class Study:
     """A grid: methods and variants x outer batches x seeds."""
 
     methods: tuple[str, ...]
-    """Names of `profiles.ALL_METHODS` and `variants.VARIANTS`."""
+    """Names of `methods.ALL_METHODS` and `variants.VARIANTS`."""
     batches: Literal["own", "small", "three", "all"] = "own"
     """The profile's outer batch; a small one; that, the middle and the largest; or all of them."""
     budget: bool = False

@@ -26,7 +26,8 @@ from gnlib import record as records
 from gnlib.config import ConfigError, RunConfig
 from gnlib.estimate import cost, estimate
 from gnlib.files import data_folder, home, replacing
-from gnlib.profiles import label, records_folder
+from gnlib.methods import label
+from gnlib.profiles import records_folder
 from gnlib.record import Record, Row
 from gnlib.train import check, pinned, run_folder, start_config, train
 

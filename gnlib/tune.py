@@ -17,8 +17,9 @@ from typing import Any
 from gnlib.config import ConfigError, RunConfig
 from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
 from gnlib.files import exclusive, replacing
+from gnlib.methods import Changes
 from gnlib.optimizers import find as optimizer
-from gnlib.profiles import Changes, find_profile, records_folder, tuning
+from gnlib.profiles import find_profile, records_folder, tuning
 from gnlib.record import Record
 from gnlib.results import crossing
 from gnlib.study import Jobs, StudyError, find, of_one_text, run_study

@@ -11,7 +11,8 @@ import difflib
 from dataclasses import dataclass, field, replace
 
 from gnlib.config import ConfigError, RunConfig
-from gnlib.profiles import ALL_METHODS, METHODS, Changes, find_profile, run_config, tuning
+from gnlib.methods import ALL_METHODS, METHODS, Changes
+from gnlib.profiles import find_profile, run_config, tuning
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Variant:
     label: str
     """As in tables and figures."""
     base: str
-    """Name of the method it changes, of `profiles.METHODS`."""
+    """Name of the method it changes, of `methods.METHODS`."""
     changes: Changes = field(default_factory=dict)
     tuned: bool = True
     """Whether it has settings of its own; else it takes those of its base."""
@@ -89,7 +90,7 @@ class Setting:
     """A run apart from its data order."""
 
     name: str
-    """Of `profiles.ALL_METHODS` or `VARIANTS`."""
+    """Of `methods.ALL_METHODS` or `VARIANTS`."""
     batch: int | None = None
     """Sequences of the outer batch; None is the profile's."""
     budget: bool = False

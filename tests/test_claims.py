@@ -13,7 +13,7 @@ from test_results import made
 from gnlib import record as records
 from gnlib.claims import NOT_RUN, QUESTIONS, UNDECIDED, Claim, Question, as_json, as_markdown, as_text, claims
 from gnlib.measures import early_lead
-from gnlib.profiles import METHODS, method_of
+from gnlib.methods import METHODS, method_of
 from gnlib.results import Estimate, by_method
 from gnlib.studies import study_configs
 from gnlib.study import StudyError

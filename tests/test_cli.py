@@ -15,7 +15,8 @@ import pytest
 from gnlib import cli
 from gnlib import record as records
 from gnlib import tune as tuning
-from gnlib.profiles import METHODS, PROFILES, run_config
+from gnlib.methods import METHODS
+from gnlib.profiles import PROFILES, run_config
 from gnlib.record import Record
 from gnlib.studies import STUDIES
 from gnlib.variants import Setting

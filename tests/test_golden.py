@@ -30,7 +30,8 @@ from typing import Any
 import pytest
 import torch
 
-from gnlib.profiles import METHODS, run_config
+from gnlib.methods import METHODS
+from gnlib.profiles import run_config
 from gnlib.train import train
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")

@@ -15,9 +15,9 @@ from gnlib import profiles
 from gnlib.blocks import hidden_matrices
 from gnlib.config import ConfigError, RunConfig
 from gnlib.losses import CrossEntropy
+from gnlib.methods import ALL_METHODS, METHODS, MORE_METHODS, find_method
 from gnlib.optimizers import Solver, registry
 from gnlib.outer_step import OuterStep
-from gnlib.profiles import ALL_METHODS, METHODS, MORE_METHODS, find_method
 
 LRS = [0.1 * factor for factor in FACTORS]
 

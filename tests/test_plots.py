@@ -11,7 +11,7 @@ from test_results import made
 
 from gnlib import plots, results
 from gnlib.config import ConfigError
-from gnlib.profiles import ALL_METHODS, METHODS
+from gnlib.methods import ALL_METHODS, METHODS
 from gnlib.studies import STUDIES
 from gnlib.variants import VARIANTS, find_setting
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from gnlib.profiles import METHODS, find_method, run_config
+from gnlib.methods import METHODS, find_method
+from gnlib.profiles import run_config
 from gnlib.record import Record, Row
 from gnlib.results import (
     Crossing,

@@ -15,9 +15,9 @@ from gnlib.blocks import hidden_matrices
 from gnlib.config import ConfigError
 from gnlib.kfac import KFAC, _Layers, preconditioned
 from gnlib.losses import CrossEntropy, MeanSquaredError
+from gnlib.methods import find_method
 from gnlib.optimizers import Solver
 from gnlib.outer_step import OuterStep
-from gnlib.profiles import find_method
 from gnlib.sampled import SampledLoss
 
 

@@ -9,9 +9,10 @@ from test_results import made
 
 from gnlib import plots
 from gnlib.losses import CrossEntropy
+from gnlib.methods import ALL_METHODS
 from gnlib.model import Decoder
 from gnlib.outer_step import OuterStep
-from gnlib.profiles import ALL_METHODS, run_config
+from gnlib.profiles import run_config
 from gnlib.results import by_method
 from gnlib.stateless import state_bytes, step_times, summary, tokens_to_final_loss
 

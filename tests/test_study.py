@@ -16,7 +16,8 @@ from gnlib import record as records
 from gnlib import studies, study
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import data_folder
-from gnlib.profiles import METHODS, method_of, run_config
+from gnlib.methods import METHODS, method_of
+from gnlib.profiles import run_config
 from gnlib.record import Record
 from gnlib.results import label
 from gnlib.study import StudyError, describe, execute, find, run_study

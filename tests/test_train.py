@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from gnlib import record as records
 from gnlib.config import ConfigError, RunConfig
 from gnlib.data import TokenFiles, validation_batches
+from gnlib.methods import METHODS
 from gnlib.model import Decoder, parameter_count
 from gnlib.outer_step import OuterStep, StepInfo, Stream
 from gnlib.prepare import prepare
-from gnlib.profiles import METHODS, PROFILES, run_config
+from gnlib.profiles import PROFILES, run_config
 from gnlib.record import Record, Row
 from gnlib.train import pinned, run_folder, start_config, train
 

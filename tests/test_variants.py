@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from gnlib.config import ConfigError, RunConfig
-from gnlib.profiles import METHODS, PROFILES, find_profile, run_config
+from gnlib.methods import METHODS
+from gnlib.profiles import PROFILES, find_profile, run_config
 from gnlib.studies import STUDIES, study_runs, tuned_settings
 from gnlib.train import check
 from gnlib.variants import VARIANTS, Setting, find_setting, home_batch, key, most_steps, setting_config
