@@ -24,11 +24,10 @@ from gnlib.methods import METHODS, MORE_METHODS
 from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import PROFILES, find_profile, run_config, tuning
-from gnlib.record import Row
 from gnlib.studies import study_configs, tuned_settings
 from gnlib.study import StudyError, describe, expected, find, run_study, show_row
 from gnlib.sweep import sweep as sweep_studies
-from gnlib.train import run_folder
+from gnlib.train import check, pinned, run_folder
 from gnlib.train import train as train_run
 from gnlib.tune import command_for, told
 from gnlib.tune import tune as tune_method
@@ -82,13 +81,10 @@ def train(
     """
     changes = dict(_assignment(text) for text in set)
     chosen = RunConfig.load(config).replace(changes) if config else run_config(profile, method, seed, changes)
+    check(chosen)
+    chosen = pinned(chosen)  # what is wrong with the text is said before there is a bar
     with tqdm(total=chosen.outer_steps, desc=describe(chosen), unit="step", disable=quiet) as bar:
-
-        def shown(pinned: RunConfig, row: Row) -> None:
-            bar.set_description_str(describe(pinned), refresh=False)  # now with the name of its folder
-            show_row(bar, row)
-
-        record = train_run(chosen, on_row=shown, keep_weights=keep_weights)
+        record = train_run(chosen, on_row=lambda _, row: show_row(bar, row), keep_weights=keep_weights)
     last = record.rows[-1]
     where = run_folder(record.config)
     loss = "not finite" if last["val_loss"] is None else f"{last['val_loss']:.4f}"

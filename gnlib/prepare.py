@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,12 +108,12 @@ def _build(config: DataConfig, folder: Path, progress: bool) -> None:
     for stale in part.glob(".*.tmp"):  # of a process killed while it wrote
         stale.unlink()
     dtype = np.dtype("<u2" if config.vocabulary <= 1 << 16 else "<u4")
-    if config.source == "synthetic":
-        end, counts = None, _write_synthetic(config, part, dtype)
-    else:
-        tokenizer = kept_tokenizer(config, part / "tokenizer.json", _training_text(config))
-        end = end_of_text(tokenizer, config.tokenizer, config.vocabulary)
-        counts = _write_tokens(config, part, dtype, tokenizer, end, progress)
+    try:
+        end, counts = _written(config, part, dtype, progress)
+    except ConfigError:
+        if not (part / "progress.json").exists():  # else there is something to continue, once the source is mended
+            shutil.rmtree(part)
+        raise
     hashes: dict[str, str] = {split: _sha256(part / f"{split}.bin") for split in SPLITS}
     meta = {
         **_settings(config),
@@ -126,6 +127,17 @@ def _build(config: DataConfig, folder: Path, progress: bool) -> None:
     _write_json(part / "meta.json", meta)
     (part / "progress.json").unlink(missing_ok=True)
     os.rename(part, folder)
+
+
+def _written(
+    config: DataConfig, part: Path, dtype: np.dtype[Any], progress: bool
+) -> tuple[int | None, dict[str, Any]]:
+    """The end-of-text token and the counts of what was written."""
+    if config.source == "synthetic":
+        return None, _write_synthetic(config, part, dtype)
+    tokenizer = kept_tokenizer(config, part / "tokenizer.json", _training_text(config))
+    end = end_of_text(tokenizer, config.tokenizer, config.vocabulary)
+    return end, _write_tokens(config, part, dtype, tokenizer, end, progress)
 
 
 # Token files

@@ -105,6 +105,13 @@ def test_pieces_of_a_group_are_held_out_together_and_without_one_each_by_itself(
     assert "data.group" in refusal(DataConfig(source="docstrings", group="id"))
 
 
+def test_a_source_that_is_refused_leaves_nothing_behind(home: Path) -> None:
+    source = jsonl(home / "text.jsonl", texts(20))
+    message = refusal(DataConfig(source=str(source), vocabulary=300, sequence_length=16, group="id"))
+    assert "line 1 has no id among text" in message
+    assert [path for path in (home / "data" / "prepared").iterdir() if path.is_dir()] == []
+
+
 def test_a_changed_file_is_prepared_in_another_folder(config: DataConfig) -> None:
     before = prepare(config, progress=False)
     jsonl(Path(config.source), texts(151))
