@@ -29,6 +29,7 @@ SEED = 0  # never one of the seeds that results are reported on
 WARMUPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 STEPS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 MAX_ROUNDS = 12
+REACH = 40  # indices from the start of a grid within which a value is looked for
 SATURATED = 0.005  # a longer run that gains less has come to its limit, a constant rate
 
 Point = tuple[int, ...]  # one index an axis
@@ -44,6 +45,10 @@ class Axis:
 
     def __init__(self, field: str, value: Callable[[int], float | int | None], capped: bool = True) -> None:
         self.field, self.value, self.capped = field, value, capped
+
+    def index(self, value: Any) -> int | None:
+        """Where a value is on the grid; None for one that is not."""
+        return next((index for index in range(-REACH, REACH + 1) if self.value(index) == value), None)
 
 
 def geometric(field: str, start: float, factor: float = 2.0) -> Axis:
@@ -121,7 +126,8 @@ def tune(
     def run(configs: list[RunConfig]) -> list[Record]:
         return run_study(configs, profile, jobs=jobs, command=command)
 
-    trials = search(axes, target, config, run if allow_run else None, known, rounds)
+    before = [point for row in tuning(profile, name).get("trials", []) if (point := _point(axes, row))]
+    trials = search(axes, target, config, run if allow_run else None, known, rounds, before=before)
     if not trials:
         raise StudyError(f"{name}, profile {profile}: no records to tune by; run: {command}")
     entry = entry_of(axes, trials)
@@ -137,24 +143,28 @@ def search(
     known: Callable[[list[RunConfig]], list[Record | None]] | None = None,
     rounds: int = MAX_ROUNDS,
     width: int | None = None,
+    before: Sequence[Point] = (),
 ) -> Trials:
     """Walk from the grid's origin to the best neighbour, again and again, until there is no better one.
 
-    What is `known` is walked first. A round then runs the best setting's untried neighbours, all or the first `width`.
+    What is `known` is walked first, and counts where an earlier search tried it (`before`): the origin may have moved
+    since. A round then runs the best setting's untried neighbours, all or the first `width`.
     """
     trials: Trials = {}
     seen: list[Record] = []
     best: Point = (0,) * len(axes)
+
+    def untried(points: Sequence[Point]) -> dict[Point, RunConfig]:
+        new = (point for point in dict.fromkeys(points) if point not in trials)
+        return {point: config(settings) for point in new if (settings := _settings(axes, point))}
+
     while rounds:
-        untried = {
-            point: config(settings)
-            for point in [best, *neighbours(best)]
-            if point not in trials and (settings := _settings(axes, point))
-        }
-        found = dict(zip(untried, known(list(untried.values())), strict=True)) if known else {}
+        near = [best, *neighbours(best)]
+        wanted = untried([*near, *before])
+        found = dict(zip(wanted, known(list(wanted.values())), strict=True)) if known else {}
         records = {point: record for point, record in found.items() if record is not None}
-        if not records and untried and run:
-            chosen = dict(list(untried.items())[:width])
+        if not records and run and (wanted := untried(near)):
+            chosen = dict(list(wanted.items())[:width])
             records = dict(zip(chosen, run(list(chosen.values())), strict=True))
             rounds -= 1
         if not records:
@@ -217,6 +227,12 @@ def _beyond(axes: list[Axis], point: Point) -> bool:
     """Beyond an end of an axis where there is nothing to try; at a capped upper end it was the cap that stopped us."""
     pairs = zip(axes, point, strict=True)
     return any(axis.value(i) is None and (axis.value(i + 1) is not None or not axis.capped) for axis, i in pairs)
+
+
+def _point(axes: list[Axis], settings: Changes) -> Point | None:
+    """The point that has these values; None if one of them is missing or not on its grid."""
+    indices = [axis.index(settings[axis.field]) if axis.field in settings else None for axis in axes]
+    return None if None in indices else tuple(index for index in indices if index is not None)
 
 
 def _settings(axes: list[Axis], point: Point) -> Changes | None:

@@ -260,6 +260,20 @@ def test_the_warm_up_of_a_baseline_is_tuned_and_gauss_newton_has_none(monkeypatc
     assert "method.inner.warmup" not in tune("laptop", "gauss_newton")["settings"]
 
 
+def test_records_are_found_again_where_the_search_has_another_start_than_it_had(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile's start moves, here from 0.01 to 0.32, where nothing was run: known trials lie around the old best."""
+    ran_before = runs_on(bowl(0.02, 32), monkeypatch)
+    first = tune("laptop", "adamw")
+    kept = {config.recipe_id: ran(config, ran_before.surface(config)) for config in ran_before.configs}
+    monkeypatch.setattr(tuning, "find", lambda configs, _: [kept.get(config.recipe_id) for config in configs])
+    monkeypatch.setitem(find_profile("laptop").methods, "adamw", {"method.inner.lr": 0.32})
+    again = tune("laptop", "adamw", allow_run=False)
+    assert again["settings"] == first["settings"] and again["interior"]
+    assert {trial["run"] for trial in again["trials"]} == {trial["run"] for trial in first["trials"]}
+
+
 # ---------------------------------------------------------------- other settings than a method's own
 
 
