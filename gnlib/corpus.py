@@ -66,13 +66,21 @@ def grouped_documents(source: str, skip: int = 0, group: str | None = None) -> I
     `group` names a field of .jsonl rows or a column of .parquet files, whose text up to the first `#` is the group.
     """
     if source == "docstrings":
+        refuse_group(source, group)
         return map(Document, islice(_docstrings(), skip, None))
     if source == "c4" or source.startswith("c4:"):
+        refuse_group(source, group)
         return map(Document, _stream(None if source == "c4" else str(located(source)), skip))
     files = _files(source)
     whole = located(source).is_dir()
     found = (document for path in files for document in _read(path, whole, group))
     return islice((document for document in found if document.text.strip()), skip, None)
+
+
+def refuse_group(source: str, group: str | None) -> None:
+    """ConfigError if a field is named for a source whose documents have none."""
+    if group:
+        raise ConfigError(f"data.group: {source} has no field {group}; allowed for .jsonl and .parquet files")
 
 
 def identity(source: str) -> list[str]:
@@ -129,9 +137,8 @@ def _read(path: Path, whole: bool, group: str | None) -> Iterator[Document]:
     try:
         if kind in readers:
             yield from readers[kind](path, group)
-        elif group:
-            raise ConfigError(f"data.group: {path} has no field {group}; allowed for .jsonl and .parquet files")
         else:
+            refuse_group(str(path), group)
             yield from map(Document, (_whole if whole else _txt)(path))
     except ConfigError:
         raise

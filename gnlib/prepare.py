@@ -91,9 +91,8 @@ def _folder(config: DataConfig) -> Path:
 def _inputs(config: DataConfig) -> dict[str, Any]:
     if config.source == "c4" and config.max_tokens is None:
         raise ConfigError("data.max_tokens: c4 has 156 billion tokens; set a number of training tokens")
-    if config.group and (config.source in ("docstrings", "c4", "synthetic") or config.source.startswith("c4:")):
-        where = "allowed for .jsonl and .parquet files"
-        raise ConfigError(f"data.group: {config.source} has no field {config.group}; {where}")
+    if config.source == "synthetic":
+        corpus.refuse_group(config.source, config.group)
     file = tokenizer_file(config.tokenizer)
     return _settings(config) | {
         "format": _FORMAT,

@@ -102,7 +102,8 @@ def test_pieces_of_a_group_are_held_out_together_and_without_one_each_by_itself(
         "".join(json.dumps(row | {"text": row["text"] * (i + 1)}) + "\n" for i, row in enumerate(rows))
     )
     assert books(apart, "validation") & books(apart, "train")
-    assert "data.group" in refusal(DataConfig(source="docstrings", group="id"))
+    for source in ("docstrings", "synthetic", f"c4:{home}"):
+        assert "data.group" in refusal(DataConfig(source=source, group="id", max_tokens=1000))
 
 
 def test_a_source_that_is_refused_leaves_nothing_behind(home: Path) -> None:
