@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gnlib.config import ConfigError
 from gnlib.files import home, replacing
 from gnlib.methods import ALL_METHODS, METHODS
+from gnlib.tune import SEED
 from gnlib.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def _order(labels: Sequence[str]) -> list[str]:
 
 
 def _seeds(frame: pd.DataFrame) -> str:
+    if set(frame["seed"]) == {SEED}:
+        return "1 seed, the one of tuning"
     n = frame.groupby("method")["seed"].nunique().max()
     return "1 seed" if n == 1 else f"mean of {n} seeds, band: lowest to highest"
 

@@ -59,7 +59,13 @@ _C4 = {
     "validation_fraction": 0.001,
 }
 
-_PAPER_45M = {"width": 512, "mlp_width": 2048, "blocks": 4, "heads": 8}
+_PAPER_45M = {
+    "model": {"width": 512, "mlp_width": 2048, "blocks": 4, "heads": 8},
+    "start": {"batch": 128, "lr": 3e-3, "warmup": 50},
+    "outer_batch": 4096,
+    "evaluation.sequences": 1024,
+    "compute": {"precision": "tf32", "compile": True, "micro_batch": 32},
+}
 
 _LAPTOP_TARGET = 4.05
 
@@ -180,7 +186,8 @@ PROFILES: dict[str, Profile] = {
             "english-45m",
             "the paper's 45M model on your own English text (files in data/corpus/english); minutes a run on an H100",
             {
-                "model": _PAPER_45M,
+                **_PAPER_45M,
+                "compute.precision": "bf16",
                 "data": {
                     "source": "data/corpus/english",
                     "vocabulary": 32000,
@@ -188,10 +195,6 @@ PROFILES: dict[str, Profile] = {
                     "validation_fraction": 0.02,
                     "group": "id",
                 },
-                "start": {"batch": 128, "lr": 3e-3, "warmup": 50},
-                "outer_batch": 4096,
-                "evaluation.sequences": 1024,
-                "compute": {"precision": "bf16", "compile": True, "micro_batch": 32},
             },
             {
                 "method.inner.steps": 128,
@@ -203,7 +206,7 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 40, "method.inner.warmup": 8},
             target=4.45,
             most_steps=(12, 96),
-            tuned=("method.inner.lr",),
+            tuned=("method.inner.lr", "method.inner.adam_lr"),
             batches=(256, 1024, 4096, 16384),
             budget=131072,
             methods={
@@ -217,14 +220,7 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "paper-45m",
             "the paper's 45M model on C4 with the T5 tokenizer (arXiv 2510.09378, section 4)",
-            {
-                "model": _PAPER_45M,
-                "data": {**_C4, "max_tokens": 1_000_000_000},
-                "start": {"batch": 128, "lr": 3e-3, "warmup": 50},
-                "outer_batch": 4096,
-                "evaluation.sequences": 1024,
-                "compute": {"precision": "tf32", "compile": True, "micro_batch": 32},
-            },
+            {**_PAPER_45M, "data": {**_C4, "max_tokens": 1_000_000_000}},
             {
                 "method.inner.steps": 128,
                 "method.inner.lr": 0.01,

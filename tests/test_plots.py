@@ -99,3 +99,9 @@ def test_a_method_whose_trials_all_ended_above_the_target_has_no_tuned_rate_to_s
     trials = pd.DataFrame(rows, columns=["entry", "method", "lr", "score"]).assign(batch=1024)
     shown = lines(plots.rates_by_batch(trials))
     assert list(shown) == ["Muon"] and list(shown["Muon"].get_ydata()) == [0.1]
+
+
+def test_a_figure_of_the_tunings_own_data_order_says_so() -> None:
+    told = {seed: plots.loss_curves(results.curves([made("muon", [5.0, 4.0], seed=seed)]), TARGET) for seed in (0, 1)}
+    titles = {seed: figure.axes[0].get_title() for seed, figure in told.items()}
+    assert "the one of tuning" in titles[0] and "tuning" not in titles[1]
