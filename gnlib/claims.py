@@ -6,9 +6,9 @@ Sources: arXiv 2510.09378, sections 1 and 5. Whether a claim holds is decided by
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from textwrap import wrap
 from typing import Any
 
@@ -17,9 +17,9 @@ from gnlib.measures import BASELINES, Measure
 from gnlib.profiles import find_profile, tuning
 from gnlib.results import Estimate, by_method
 from gnlib.stateless import tokens_to_final_loss
-from gnlib.studies import STUDIES, present_records, study_runs
+from gnlib.studies import STUDIES, complete_settings, study_runs
 from gnlib.study import of_one_text
-from gnlib.variants import find_setting, key, tunable
+from gnlib.variants import Setting, find_setting, key, tunable
 
 NOT_RUN, UNDECIDED = "not run", "undecided"
 NOT_INTERIOR, OUTDONE = "†", "‡"
@@ -48,6 +48,27 @@ class Claim:
         return self.holds if isinstance(self.holds, str) else ("yes" if self.holds else "NO")
 
 
+def every(settings: Sequence[Setting], complete: Collection[Setting]) -> list[Setting]:
+    """All settings decide."""
+    return list(settings)
+
+
+def largest_batch(settings: Sequence[Setting], complete: Collection[Setting]) -> list[Setting]:
+    """The claim is about the largest batch alone."""
+    most = max(setting.batch or 0 for setting in settings)
+    return [setting for setting in settings if (setting.batch or 0) == most]
+
+
+def first_batches(settings: Sequence[Setting], complete: Collection[Setting]) -> list[Setting]:
+    """Of each method the batches up to the first whose runs are missing: where scaling first fails does not depend on
+    larger ones, and where it does not fail yet, that is a bound."""
+    chosen = []
+    for name in dict.fromkeys(setting.name for setting in settings):
+        smallest, *larger = sorted((s for s in settings if s.name == name), key=lambda setting: setting.batch or 0)
+        chosen += [smallest, *takewhile(complete.__contains__, larger)]
+    return chosen
+
+
 @dataclass(frozen=True)
 class Question:
     """A claim before it is answered."""
@@ -57,23 +78,27 @@ class Question:
     unit: str
     study: str
     methods: tuple[str, ...] = ()
-    """The study's methods and variants whose records it needs, on every seed and batch."""
+    """The study's methods and variants that it is about."""
     measure: Measure | None = None
     at_least: float | None = None
     at_most: float | None = None
+    decided_by: Callable[[Sequence[Setting], Collection[Setting]], list[Setting]] = every
+    """Which of their settings need all of their runs, of all and of the complete ones."""
 
     def answer(self, profile: str, seeds: Sequence[int] | None, fresh: bool) -> Claim:
         unanswered = Claim(self.claim, self.paper, None, 0, self.unit, NOT_RUN)
         if self.measure is None:
             return unanswered
-        present = present_records(self.study, profile, seeds, self.methods, fresh)
-        if present is None:
+        complete = complete_settings(self.study, profile, seeds, self.methods, fresh)
+        settings = dict.fromkeys(run.setting for run in study_runs(self.study, profile, seeds, self.methods))
+        decisive = self.decided_by(list(settings), complete)
+        if not complete.keys() >= set(decisive):
             return unanswered
-        of_one_text(present, f"{self.study}, profile {profile}")
-        found = self.measure(by_method(present), find_profile(profile).target)
-        settings = {run.setting for run in study_runs(self.study, profile, seeds, self.methods)}
-        borrowed = any(tunable(setting) != setting for setting in settings)
-        marks = _marks([tuning(profile, name) for name in {key(profile, s) for s in settings}], borrowed)
+        records = [record for setting in decisive for record in complete[setting]]
+        of_one_text(records, f"{self.study}, profile {profile}")
+        found = self.measure(by_method(records), find_profile(profile).target)
+        borrowed = any(tunable(setting) != setting for setting in decisive)
+        marks = _marks([tuning(profile, name) for name in {key(profile, s) for s in decisive}], borrowed)
         ours = f"{found} {marks}".rstrip()
         return Claim(self.claim, self.paper, ours, found.n, self.unit, self._holds(found))
 
@@ -109,18 +134,24 @@ class StepCost(Question):
 
 
 def _steps_claim(
-    claim: str, paper: str, study: str, method: str, reference: str = "gauss_newton", **bound: float
+    claim: str,
+    paper: str,
+    study: str,
+    method: str,
+    reference: str = "gauss_newton",
+    at_least: float | None = None,
+    at_most: float | None = None,
 ) -> Question:
     """A claim about the steps of one method over those of another, at the profile's outer batch."""
     unit = f"steps to target / {find_setting(reference).label}'s"
     measure = measures.step_ratio(method, reference)
-    return Question(claim, paper, unit, study, (reference, method), measure, **bound)
+    return Question(claim, paper, unit, study, (reference, method), measure, at_least, at_most)
 
 
-def _tokens_claim(claim: str, paper: str, method: str, **bound: float) -> Question:
+def _tokens_claim(claim: str, paper: str, method: str, at_most: float) -> Question:
     """A claim about the tokens of a method to Adam's final loss (arXiv 2502.06742, 2412.13148), here AdamW's."""
     measure = tokens_to_final_loss(method, "adamw")
-    return Question(claim, paper, "tokens / AdamW's", "stateless", (method, "adamw"), measure, **bound)
+    return Question(claim, paper, "tokens / AdamW's", "stateless", (method, "adamw"), measure, at_most=at_most)
 
 
 _STEPS = "iteration_complexity"
@@ -158,6 +189,7 @@ QUESTIONS = (
         ("gauss_newton", "soap", "muon"),
         measures.critical_ratio("gauss_newton", ("soap", "muon")),
         at_least=3.0,
+        decided_by=first_batches,
     ),
     Question(
         "AdamW's critical batch is below those of SOAP and of Muon",
@@ -167,6 +199,7 @@ QUESTIONS = (
         ("adamw", "soap", "muon"),
         measures.critical_ratio("adamw", ("soap", "muon")),
         at_most=1.0,
+        decided_by=first_batches,
     ),
     Question(
         "At a fixed token budget and the largest batch GN ends at least 0.1 nats below every baseline",
@@ -176,6 +209,7 @@ QUESTIONS = (
         ("gauss_newton", *BASELINES),
         measures.budget_lead,
         at_least=0.1,
+        decided_by=largest_batch,
     ),
     _steps_claim(
         "GN-prox-linear needs no line search: without it at most 1.1x the steps",

@@ -60,8 +60,9 @@ def critical_ratio(method: str, others: Sequence[str]) -> Measure:
 
     def measure(groups: Groups, target: float) -> Estimate:
         own = critical(_named(groups, method), target)
-        largest = max((critical(_named(groups, name), target) for name in others), key=_size)
-        if "below" in (own.bound,) or largest.bound == "above":
+        theirs = [critical(_named(groups, name), target) for name in others]
+        largest = max(theirs, key=_size)
+        if own.bound == "below" or "above" in {other.bound for other in theirs}:
             return Estimate(math.nan, None, own.n)  # nothing can be said either way
         return _quotient(own, largest)
 

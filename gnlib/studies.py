@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -104,30 +104,56 @@ def study_records(
     fresh: bool = False,
     allow_run: bool | None = None,
 ) -> list[Record]:
-    """Records of a study's runs, labelled by their settings; what is missing is run first (`study.run_study`)."""
+    """Records of a study's runs, labelled by their settings; what is missing is run first (`study.run_study`).
+
+    Of a study under way, with some settings complete, only these are taken and a printed line names the others, unless
+    `methods` asks for them, or `fresh` for everything.
+    """
     runs = study_runs(name, profile, seeds, methods)
+    complete = {} if fresh or methods else complete_settings(name, profile, seeds)
+    if complete:
+        _say_left_out({run.setting for run in runs} - complete.keys(), f"gnlib sweep {name} --profile {profile}")
+        runs = [run for run in runs if run.setting in complete]
     command = f"gnlib study {name} --profile {profile}"
     records = run_study([run.config for run in runs], profile, fresh, allow_run, command=command)
     return labelled(runs, records)
 
 
-def present_records(
+def _say_left_out(settings: Iterable[Setting], command: str) -> None:
+    by_batch: dict[int, list[str]] = {}
+    for setting in sorted(settings, key=lambda setting: (setting.batch or 0, setting.label)):
+        by_batch.setdefault(setting.batch or 0, []).append(setting.label)
+    for batch, labels in by_batch.items():
+        at = f" at {batch} sequences" if batch else ""
+        print(f"not all runs are there, left out: {', '.join(labels)}{at}; run: {command}")
+
+
+def complete_settings(
     name: str,
     profile: str,
     seeds: Sequence[int] | None = None,
     methods: Sequence[str] | None = None,
     fresh: bool = False,
-) -> list[Record] | None:
-    """The same if all of them exist, else None; runs nothing."""
+) -> dict[Setting, list[Record]]:
+    """The labelled records of each setting (a method at a batch) that has all of its runs; runs nothing."""
     runs = study_runs(name, profile, seeds, methods)
-    records = [record for record in find([run.config for run in runs], profile, fresh) if record is not None]
-    return labelled(runs, records) if len(records) == len(runs) else None
+    complete: dict[Setting, list[Record]] = {run.setting: [] for run in runs}
+    for run, record in zip(runs, find([run.config for run in runs], profile, fresh), strict=True):
+        if record is None:
+            complete.pop(run.setting, None)
+        elif run.setting in complete:
+            complete[run.setting] += labelled([run], [record])
+    return complete
 
 
 def existing_records(name: str, profile: str, seeds: Sequence[int] | None = None) -> list[Record]:
-    """Those of the study's methods that have all of their runs; runs nothing."""
-    methods = find_study(name).methods
-    return [record for method in methods for record in present_records(name, profile, seeds, [method]) or []]
+    """The records of the complete settings together."""
+    return [record for records in complete_settings(name, profile, seeds).values() for record in records]
+
+
+def is_complete(name: str, profile: str) -> bool:
+    """Whether all of a study's runs are there, on the profile's own seeds."""
+    return {run.setting for run in study_runs(name, profile)} == complete_settings(name, profile).keys()
 
 
 def labelled(runs: Sequence[Run], records: Sequence[Record]) -> list[Record]:

@@ -14,8 +14,9 @@ from gnlib import record as records
 from gnlib.claims import NOT_RUN, QUESTIONS, UNDECIDED, Claim, Question, as_json, as_markdown, as_text, claims
 from gnlib.measures import early_lead
 from gnlib.methods import METHODS, method_of
+from gnlib.profiles import find_profile
 from gnlib.results import Estimate, by_method
-from gnlib.studies import study_configs
+from gnlib.studies import study_configs, study_runs
 from gnlib.study import StudyError
 
 SEEDS = (1, 2)
@@ -103,6 +104,40 @@ def test_a_claim_with_a_record_missing_or_unfinished_is_not_run_and_others_are(h
     assert about(claims("tiny", seeds=[1]), "Layerwise GN needs").n == 1  # all of seed 1 are there
     ship(home)["gauss_newton 1"].unlink()
     assert {row.holds for row in claims("tiny", seeds=SEEDS)} == {NOT_RUN}
+
+
+def ship_batches(home: Path, study: str, steps: dict[str, tuple[int, ...]]) -> None:
+    """One data order of some methods at the batches of tiny, smallest first, reaching the target at these steps."""
+    batches = find_profile("tiny").batches
+    for setting, config in study_runs(study, "tiny", [1], list(steps)):
+        if (index := batches.index(setting.batch or 0)) < len(steps[setting.name]):
+            record = made(setting.name, reaching(steps[setting.name][index]), 1)
+            record.config = config
+            records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+
+
+def test_a_critical_batch_needs_no_records_beyond_the_batch_where_scaling_fails(home: Path) -> None:
+    """With the smallest batch of Muon alone, of which nobody knows how it scales, nothing can be said; Gauss-Newton,
+    which still scales at its last batch, gives a lower bound."""
+    assert len(find_profile("tiny").batches) > 1
+    words = "GN's critical batch"
+    ship_batches(home, "critical_batch_size", {"gauss_newton": (20, 5), "muon": (20,), "soap": (20, 20)})
+    assert about(claims("tiny", seeds=[1]), words).holds == UNDECIDED
+    ship_batches(home, "critical_batch_size", {"muon": (20, 20)})
+    answer = about(claims("tiny", seeds=[1]), words)
+    assert answer.holds is True and answer.ours is not None and answer.ours.startswith("≥ ")
+    assert about(claims("tiny", seeds=[1]), "AdamW's critical batch").holds == NOT_RUN
+
+
+def test_the_claim_at_a_fixed_budget_needs_the_largest_batch_alone(home: Path) -> None:
+    largest = find_profile("tiny").batches[-1]
+    for setting, config in study_runs("fixed_budget", "tiny", [1]):
+        if setting.batch == largest:
+            record = made(setting.name, [5.0, 3.0 if setting.is_gauss_newton else 4.0], 1)
+            record.config = config
+            records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+    answer = about(claims("tiny", seeds=[1]), "fixed token budget")
+    assert answer.holds is True and answer.ours is not None and answer.ours.startswith("1.00")
 
 
 def test_claims_may_be_those_of_one_study(home: Path) -> None:

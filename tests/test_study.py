@@ -17,7 +17,7 @@ from gnlib import studies, study
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import data_folder
 from gnlib.methods import METHODS, method_of
-from gnlib.profiles import run_config
+from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
 from gnlib.results import label
 from gnlib.study import StudyError, describe, execute, find, run_study
@@ -261,13 +261,34 @@ def test_records_of_a_study_are_labelled_by_their_settings(home: Path) -> None:
         ship(home, of(run.config))
     names = ["GN", "GN-prox-linear", "GN, no line search", "GN-prox-linear, no line search"]
     assert [label(record) for record in studies.study_records("prox_linear", "tiny", [1], allow_run=False)] == names
-    some = studies.present_records("prox_linear", "tiny", [1], ["prox_linear_no_search"])
-    assert some is not None and [label(record) for record in some] == names[3:]
-    assert studies.present_records("prox_linear", "tiny", [1, 2]) is None
-    labels = {record.label for record in studies.existing_records("prox_linear", "tiny", [1])}
-    assert labels == set(names)
+    assert [label(record) for record in studies.existing_records("prox_linear", "tiny", [1])] == names
     assert studies.existing_records("prox_linear", "tiny", [1, 2]) == []
     assert not any("label" in path.read_text() for path in home.rglob("*.jsonl"))
+
+
+def test_of_a_study_under_way_the_complete_settings_are_shown_and_the_others_named(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A setting is a method at a batch; one of the two seeds does not make it complete."""
+    small, *_, large = find_profile("tiny").batches
+    runs = studies.study_runs("critical_batch_size", "tiny", [1, 2], ["muon", "soap"])
+    for setting, config in runs:
+        if setting.batch == small or (setting.name, config.seed) == ("soap", 1):
+            ship(home, of(config))
+    shown = studies.study_records("critical_batch_size", "tiny", [1, 2], allow_run=False)
+    assert {(label(r), r.config.outer_batch) for r in shown} == {("Muon", small), ("SOAP", small)} and len(shown) == 4
+    said = capsys.readouterr().out
+    command = "gnlib sweep critical_batch_size --profile tiny"
+    assert f"left out: AdamW, GN, Layerwise GN at {small} sequences; run: {command}" in said
+    assert f"left out: AdamW, GN, Layerwise GN, Muon, SOAP at {large} sequences; run: {command}" in said
+    assert len(studies.study_records("critical_batch_size", "tiny", [1], allow_run=False)) > 2
+
+
+def test_what_is_asked_for_by_name_or_afresh_is_never_left_out(home: Path) -> None:
+    ship(home, of(studies.study_runs("layerwise", "tiny", [1])[0].config))
+    for asked in ({"methods": ["gauss_newton", "layerwise"]}, {"fresh": True}):
+        with pytest.raises(StudyError, match="missing"):
+            studies.study_records("layerwise", "tiny", [1], allow_run=False, **asked)  # type: ignore[arg-type]
 
 
 def test_a_study_says_which_command_trains_what_is_missing() -> None:
