@@ -126,12 +126,13 @@ def test_without_one_of_its_records_a_notebook_leaves_the_setting_out_or_fails_i
     exec(cell(path, "parameters") + "\n" + cell(path, "imports"), names)
     exec(cell(path, "study"), names)
     profile, before = str(names["profile"]), names["records"]
-    setting, config = next(run for run in study_runs(study, profile) if run.config == before[-1].config)
-    (tmp_path / "data" / "records" / profile / f"{config.recipe_id}.jsonl").unlink()
+    lost = before[-1].config.recipe_id
+    setting = next(run.setting for run in study_runs(study, profile) if run.config.recipe_id == lost)
+    (tmp_path / "data" / "records" / profile / f"{lost}.jsonl").unlink()
     exec(cell(path, "study"), names)
     assert len(names["records"]) == len(before) - len(find_profile(profile).seeds)
-    said = capsys.readouterr().out
-    assert f"{setting.label} at {setting.batch} sequences; run: gnlib sweep {study} --profile {profile}" in said
+    said = [line for line in capsys.readouterr().out.splitlines() if f"at {setting.batch} sequences" in line][-1]
+    assert setting.label in said and said.endswith(f"; run: gnlib sweep {study} --profile {profile}")
     names["methods"] = [setting.name]
     with pytest.raises(StudyError, match=f"records are missing.*; run: gnlib study {study} --profile {profile}"):
         exec(cell(path, "study"), names)
