@@ -80,12 +80,12 @@ def test_arguments_reach_the_class_and_are_seen_in_the_configuration() -> None:
     assert {name: optimizer.param_groups[0][name] for name in kwargs} == kwargs
 
 
-def test_at_another_batch_rate_and_lengths_scale_with_the_root_of_the_ratio() -> None:
+def test_at_another_batch_lengths_scale_with_the_root_of_the_ratio_and_the_rate_stays() -> None:
     start = start_of(EXAMPLE, "laptop", {})
     small = scaled(start, LITTLE)
-    changed = {"outer_batch", "method.inner.lr", "outer_steps", "method.inner.warmup", "evaluation.every"}
+    changed = {"outer_batch", "outer_steps", "method.inner.warmup", "evaluation.every"}
     assert {name for name in start if start[name] != small[name]} == changed
-    assert [small[name] for name in sorted(changed)] == [4, 0.01 / 4, 4 * 3, LITTLE, 4 * 32]
+    assert [small[name] for name in sorted(changed)] == [4, 4 * 3, LITTLE, 4 * 32]
     assert scaled(small, LARGE) == start
 
 
@@ -110,7 +110,7 @@ def test_the_small_batch_starts_from_what_was_best_at_the_large_one(monkeypatch:
     runs = runs_on(bowl(0.02), monkeypatch)
     compare(EXAMPLE, "laptop", trials=4)
     first = next(config for configs in runs.rounds for config in configs if config.outer_batch == LITTLE)
-    assert (first.method.inner.lr, first.outer_steps, first.evaluation.every) == (0.02 / 4, 128, 4)
+    assert (first.method.inner.lr, first.outer_steps, first.evaluation.every) == (0.02, 128, 4)
 
 
 def test_with_trials_enough_the_optimum_is_bracketed_and_otherwise_it_is_said_what_is_not(
