@@ -13,10 +13,10 @@ from pathlib import Path
 from gnlib import record as records
 from gnlib.compare import example_runs
 from gnlib.config import ConfigError
-from gnlib.files import data_folder, home, replacing
+from gnlib.files import home, replacing
 from gnlib.profiles import find_profile, records_folder
 from gnlib.studies import STUDIES, study_configs
-from gnlib.study import load_folder
+from gnlib.study import load, run_files
 
 MANIFEST = "SHA256SUMS"
 
@@ -27,9 +27,9 @@ def export(profile: str) -> int:
     folder = records_folder(profile)
     wanted = {config.recipe_id for name in STUDIES for config in study_configs(name, profile)}
     wanted |= _tuning_runs(folder) | example_runs(profile)
-    for record in load_folder(data_folder() / "runs"):
+    for record in load(run_files(), wanted):
         path = folder / f"{record.config.recipe_id}.jsonl"
-        if record.ended and record.config.recipe_id in wanted and records.read(path) != record:
+        if record.ended and records.read(path) != record:
             records.write(path, record)  # one that says the same stays as it is: fields are added over time
     return _write_manifest(folder, wanted)
 

@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -60,11 +60,12 @@ class Record:
 
 def read(path: Path) -> Record | None:
     """The record in a file, without a torn last line; None if there is not even a first line."""
-    lines = list(_whole_lines(path))
-    if not lines or "config" not in lines[0]:
+    lines = _whole_lines(path)
+    first = next(lines, {})
+    if "config" not in first:
         return None
-    record = Record(RunConfig.parse(lines[0]["config"]), lines[0].get("environment", {}))
-    for line in lines[1:]:
+    record = Record(RunConfig.parse(first["config"]), first.get("environment", {}))
+    for line in lines:
         if "status" in line:
             record.status = line["status"]
         else:
@@ -72,17 +73,24 @@ def read(path: Path) -> Record | None:
     return record
 
 
-def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
+def read_config(path: Path) -> RunConfig | None:
+    """The configuration alone, from the first line."""
+    first = next(_whole_lines(path), {})
+    return RunConfig.parse(first["config"]) if "config" in first else None
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            parsed = json.loads(line)
-        except json.JSONDecodeError:
-            return
-        if not line.endswith("\n"):
-            return
-        yield parsed
+    with open(path) as file:
+        for line in file:
+            try:
+                parsed = json.loads(line)
+            except json.JSONDecodeError:
+                return
+            if not line.endswith("\n"):
+                return
+            yield parsed
 
 
 def write(path: Path, record: Record) -> None:

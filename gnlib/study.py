@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -70,17 +70,23 @@ Jobs = int | Slots | None
 def find(configs: Sequence[RunConfig], profile: str, fresh: bool = False) -> list[Record | None]:
     """The ended record of each configuration, or None.
 
-    Shipped records come first and data/runs second; `fresh` looks at data/runs alone. A record counts if its recipe is
-    the same: on another Python version the default corpus differs a little, and the shipped record says which it was.
+    Shipped records, named by their recipes, come first and data/runs second; `fresh` looks at data/runs alone. A record
+    counts if its recipe is the same: on another Python version the default corpus differs a little, and the shipped
+    record says which it was.
     """
-    found = {record.config.recipe_id: record for record in _ended(profile, fresh)}
-    return [found.get(config.recipe_id) for config in configs]
+    names = [config.recipe_id for config in configs]
+    found: dict[str, Record] = {}
+    if not fresh:
+        shipped = (path for name in names if (path := records_folder(profile) / f"{name}.jsonl").exists())
+        found = {record.config.recipe_id: record for record in load(shipped) if record.ended}
+    if missing := set(names) - found.keys():
+        found |= {record.config.recipe_id: record for record in load(run_files(), missing) if record.ended}
+    return [found.get(name) for name in names]
 
 
-def _ended(profile: str, fresh: bool = False) -> Iterable[Record]:
-    """Those of this machine, then the shipped ones."""
-    folders = [data_folder() / "runs", *([] if fresh else [records_folder(profile)])]
-    return (record for folder in folders for record in load_folder(folder) if record.ended)
+def run_files() -> list[Path]:
+    """The records of this machine."""
+    return sorted((data_folder() / "runs").glob("*/record.jsonl"))
 
 
 def of_one_text(records: list[Record], what: str) -> list[Record]:
@@ -94,11 +100,13 @@ def of_one_text(records: list[Record], what: str) -> list[Record]:
     return records
 
 
-def load_folder(folder: Path) -> Iterable[Record]:
-    """All records below a folder, of run folders and shipped ones alike; unreadable ones are skipped with a warning."""
-    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*/record.jsonl")]):
+def load(paths: Iterable[Path], recipes: Container[str] | None = None) -> Iterable[Record]:
+    """The records in files, or only those of some recipes; unreadable ones are skipped with a warning."""
+    for path in paths:
         try:
-            record = records.read(path)
+            config = records.read_config(path) if recipes is not None else None
+            chosen = recipes is None or (config is not None and config.recipe_id in recipes)
+            record = records.read(path) if chosen else None
         except ConfigError as error:
             warnings.warn(f"{path} is of another version: {error}", stacklevel=2)
             continue
@@ -147,7 +155,8 @@ def expected(configs: Sequence[RunConfig], profile: str, jobs: int | None = None
     """What running them will cost, by the speed of the profile's records."""
     if not configs:
         return "0 to run"
-    return estimate(configs, _ended(profile)).with_jobs(jobs or default_jobs(configs))
+    measured = load([*run_files(), *records_folder(profile).glob("*.jsonl")])
+    return estimate(configs, (record for record in measured if record.ended)).with_jobs(jobs or default_jobs(configs))
 
 
 def describe(config: RunConfig) -> str:

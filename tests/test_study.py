@@ -242,6 +242,19 @@ def test_a_diverged_record_counts_and_an_unfinished_one_does_not(home: Path) -> 
     assert [record and record.status for record in found] == ["diverged", None]
 
 
+def test_a_record_of_another_version_is_skipped_with_a_warning(home: Path) -> None:
+    here, shipped = short("adamw"), short("muon")
+    leave(of(here))
+    ship(home, of(shipped))
+    for path in [run_folder(here) / "record.jsonl", *(home / "data" / "records" / "tiny").glob("*.jsonl")]:
+        path.write_text(path.read_text().replace('"outer_steps"', '"steps_of_old"', 1))
+    with pytest.warns(UserWarning, match="of another version") as warned:
+        assert find([here, shipped], "tiny") == [None, None]
+    first, second = (str(warning.message) for warning in warned)
+    assert f"{shipped.recipe_id}.jsonl is of another version" in first
+    assert "record.jsonl is of another version" in second and "steps_of_old" in second
+
+
 # ---------------------------------------------------------------- the studies
 
 
