@@ -54,7 +54,7 @@ reproduce: setup ## train what is missing for the first claim, run its notebook,
 	$(GNLIB) study $(STUDY) --profile $(PROFILE) --seeds $(SEEDS) --fresh
 	@mkdir -p $(EXECUTED)
 	$(PAPERMILL) -p rerun True -y "seeds: [$(SEEDS)]" notebooks/$(NOTEBOOK).ipynb $(EXECUTED)/$(NOTEBOOK).ipynb; \
-	executed=$$?; $(GNLIB) claims --profile $(PROFILE) --seeds $(SEEDS) --fresh && exit $$executed
+	executed=$$?; $(GNLIB) claims --profile $(PROFILE) --seeds $(SEEDS) --study $(STUDY) --fresh && exit $$executed
 
 reproduce-all: setup ## the same for every study and notebook
 	for study in $(STUDIES); do $(GNLIB) study $$study --profile $(PROFILE) --fresh || exit 1; done

@@ -13,6 +13,7 @@ from textwrap import wrap
 from typing import Any
 
 from gnlib import bench, measures
+from gnlib.config import ConfigError
 from gnlib.measures import BASELINES, Measure
 from gnlib.profiles import find_profile, tuning
 from gnlib.results import Estimate, by_method
@@ -290,9 +291,12 @@ def claims(
 ) -> list[Claim]:
     """Every claim (of one study), answered from the profile's records; trains nothing.
 
-    `fresh` reads data/runs alone. ConfigError for an unknown profile.
+    `fresh` reads data/runs alone. ConfigError for an unknown profile, or a study without claims.
     """
     find_profile(profile)
+    studies = dict.fromkeys(question.study for question in QUESTIONS)
+    if study not in (None, *studies):
+        raise ConfigError(f"study: no claims on {study!r}; allowed: {', '.join(studies)}")
     chosen = [question for question in QUESTIONS if study in (None, question.study)]
     return [question.answer(profile, seeds, fresh) for question in chosen]
 

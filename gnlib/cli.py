@@ -238,16 +238,23 @@ def compare(
 
 
 @app.command
-def claims(profile: str = "laptop", fresh: bool = False, seeds: tuple[int, ...] = (), json: bool = False) -> None:
+def claims(
+    profile: str = "laptop",
+    fresh: bool = False,
+    seeds: tuple[int, ...] = (),
+    study: str | None = None,
+    json: bool = False,
+) -> None:
     """Compare the paper's claims with the records, row by row.
 
     Args:
         profile: A name listed by `gnlib profiles`.
         fresh: Only records of data/runs, not the shipped ones.
         seeds: Data orders; the profile's own by default.
+        study: Only the claims of one study, such as iteration_complexity.
         json: A list of objects {claim, paper, ours, n, unit, holds}.
     """
-    rows = claim_rows.claims(profile, fresh, seeds or None)
+    rows = claim_rows.claims(profile, fresh, seeds or None, study)
     print(_dumps(claim_rows.as_json(rows)) if json else claim_rows.as_text(rows))
 
 

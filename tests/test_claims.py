@@ -12,6 +12,7 @@ from test_results import made
 
 from gnlib import record as records
 from gnlib.claims import NOT_RUN, QUESTIONS, UNDECIDED, Claim, Question, as_json, as_markdown, as_text, claims
+from gnlib.config import ConfigError
 from gnlib.measures import early_lead
 from gnlib.methods import METHODS, method_of
 from gnlib.profiles import find_profile
@@ -145,6 +146,8 @@ def test_claims_may_be_those_of_one_study(home: Path) -> None:
     rows = claims("tiny", seeds=SEEDS, study="iteration_complexity")
     assert [row.claim for row in rows] == [q.claim for q in QUESTIONS if q.study == "iteration_complexity"]
     assert len(rows) >= 7 and NOT_RUN not in {row.holds for row in rows}
+    with pytest.raises(ConfigError, match="no claims on 'iteration'; allowed: iteration_complexity, "):
+        claims("tiny", study="iteration")
 
 
 def test_a_claim_on_a_method_whose_tuning_is_not_interior_is_marked(home: Path) -> None:
