@@ -10,8 +10,20 @@ from pathlib import Path
 import pytest
 from test_results import made
 
+from gnlib import bench
 from gnlib import record as records
-from gnlib.claims import NOT_RUN, QUESTIONS, UNDECIDED, Claim, Question, as_json, as_markdown, as_text, claims
+from gnlib.claims import (
+    NOT_RUN,
+    QUESTIONS,
+    UNDECIDED,
+    Claim,
+    Question,
+    as_json,
+    as_markdown,
+    as_text,
+    claims,
+    first_batches,
+)
 from gnlib.config import ConfigError
 from gnlib.measures import early_lead
 from gnlib.methods import METHODS, method_of
@@ -19,6 +31,7 @@ from gnlib.profiles import find_profile
 from gnlib.results import Estimate, by_method
 from gnlib.studies import study_configs, study_runs
 from gnlib.study import StudyError
+from gnlib.variants import Setting
 
 SEEDS = (1, 2)
 REACHED = {"gauss_newton": 2, "layerwise": 3, "prox_linear": 2, "muon": 20, "soap": 8, "adamw": 99}
@@ -128,6 +141,78 @@ def test_a_critical_batch_needs_no_records_beyond_the_batch_where_scaling_fails(
     answer = about(claims("tiny", seeds=[1]), words)
     assert answer.holds is True and answer.ours is not None and answer.ours.startswith("≥ ")
     assert about(claims("tiny", seeds=[1]), "AdamW's critical batch").holds == NOT_RUN
+
+
+def test_batches_count_up_to_the_first_whose_runs_are_missing() -> None:
+    settings = [Setting("soap", batch) for batch in (1024, 256, 4096)] + [Setting("muon", 256)]
+    assert first_batches(settings, {Setting("soap", 256), Setting("soap", 4096)}) == [settings[1], settings[3]]
+    assert first_batches(settings, settings) == [settings[1], settings[0], settings[2], settings[3]]
+
+
+def test_adamws_critical_batch_is_compared_with_the_larger_of_soaps_and_muons(home: Path) -> None:
+    for other in ("soap", "muon"):
+        scaling = {"adamw": (20, 20), "soap": (20, 20), "muon": (20, 20)} | {other: (20, 8)}  # B* is 1.71, not 1.2 times the first
+        ship_batches(home, "critical_batch_size", scaling)
+        assert (about(claims("tiny", seeds=[1]), "AdamW's critical").ours or "").startswith("0.70")
+
+
+SHIPPED = {  # study -> steps to the target by setting
+    "prox_linear": {"gauss_newton": 2, "prox_linear": 4, "gauss_newton_no_search": 9, "prox_linear_no_search": 6},
+    "layerwise": {"gauss_newton": 2, "layerwise": 4, "matrixwise": 5},
+    "line_search": {"gauss_newton": 2, "gauss_newton_no_search": 9, "cold_start": 5, "muon": 20, "muon_search": 12},
+    "inner_solver": {"gauss_newton": 2, "inner_adamw": 3},
+}
+RATIOS = {  # claim -> figure; marked where a variant runs with its method's settings
+    "GN-prox-linear needs no line search": "1.50 †",
+    "A finer partition": "1.25 †",
+    "Line search is needed": "4.50 †",
+    "Warm start is needed": "2.50 †",
+    "The line search explains little": "6.00 †",
+    "Muon is the better inner solver": "1.50 †",
+}
+
+
+@pytest.mark.parametrize("words", RATIOS)
+def test_each_claim_on_steps_is_over_the_method_that_it_names(words: str, home: Path) -> None:
+    for study, steps in SHIPPED.items():
+        for setting, config in study_runs(study, "tiny", [1], list(steps)):
+            record = made(setting.base, reaching(steps[setting.name]), 1)
+            record.config = config
+            records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+    assert about(claims("tiny", seeds=[1]), words).ours == RATIOS[words]
+
+
+def test_a_variant_with_the_settings_of_its_method_is_marked_even_where_these_are_interior(home: Path) -> None:
+    ship(home)  # all methods are interior there
+    for setting, config in study_runs("line_search", "tiny", [1], ["gauss_newton", "cold_start"]):
+        record = made("gauss_newton", reaching(2 if setting.name == "gauss_newton" else 5), 1)
+        record.config = config
+        records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+    assert about(claims("tiny", seeds=[1]), "Warm start").ours == "2.50 †"
+
+
+def test_stateless_methods_are_counted_in_tokens_to_adamws_final_loss(home: Path) -> None:
+    curves = {"adamw": [5.0, 4.5, 4.4, 4.0], "sinkgd": [5.0, 4.0, 3.9, 3.8], "swan": [5.0, 4.5, 4.0, 3.9]}
+    for setting, config in study_runs("stateless", "tiny", [1], list(curves)):
+        record = made(setting.name, curves[setting.name], 1)
+        record.config = config
+        records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+    rows = claims("tiny", seeds=[1])
+    assert [(about(rows, name).ours, about(rows, name).holds) for name in ("SinkGD", "SWAN")] == [
+        ("0.33 †", True),
+        ("0.67 †", True),
+    ]
+
+
+def test_the_step_cost_is_gauss_newtons_at_the_size_where_it_costs_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = [("small", "gn", 1.5), ("large", "gn", 1.7), ("large", "layerwise", 7.9), ("small", "layerwise", 4.0)]
+    rows = [
+        {"size": size, "method": method, "precision": "bf16", "ratio_to_standard": ratio, "n": 20}
+        for size, method, ratio in costs
+    ]
+    monkeypatch.setattr(bench, "shipped", lambda profile: rows)
+    answer = about(claims("tiny"), "inner step")
+    assert (answer.ours, answer.holds, answer.n) == ("1.70 (large, bf16)", True, 20)
 
 
 def test_the_claim_at_a_fixed_budget_needs_the_largest_batch_alone(home: Path) -> None:

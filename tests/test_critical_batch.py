@@ -75,19 +75,56 @@ def test_seeds_are_averaged_geometrically_with_students_interval() -> None:
     assert math.log(found.high / found.low) / 2 == pytest.approx(half)
 
 
+def unreached(record: Record) -> Record:
+    record.rows[1]["val_loss"] = TARGET + 0.5
+    return record
+
+
+def test_seeds_of_which_one_is_bounded_from_above_and_one_from_below_give_no_figure() -> None:
+    scales, stuck = runs(lambda b: 1e5 / b, 1), runs(lambda b: 10.0, 2)
+    stuck = [record if record.config.outer_batch == 4 else unreached(record) for record in stuck]
+    assert critical(scales, TARGET).bound == "above" and critical(stuck, TARGET).bound == "below"
+    assert math.isnan(critical(scales + stuck, TARGET).mean)
+
+
+def test_a_seed_whose_smallest_batch_tells_nothing_leaves_no_figure() -> None:
+    first, *rest = runs(lambda b: 10.0, 2)
+    found = critical([*runs(lambda b: 10.0, 1), unreached(first), *rest], TARGET)
+    assert math.isnan(found.mean) and str(found) == "-" and found.n == 2
+    assert math.isnan(critical_batch(crossings({64: 0.0, 256: 0.0}))[0])  # the start is below the target
+
+
 def test_a_bound_is_said_to_be_one_and_has_no_interval() -> None:
     found = critical(runs(lambda b: 1e5 / b) + runs(lambda b: 2e5 / b, seed=2), TARGET)
     assert (found.mean, found.low, found.high, found.bound) == (pytest.approx(4096), found.mean, found.mean, "above")
     assert str(found) == "above 4.1 k"
+    two = critical(runs(lambda b: 1e5 / b) + runs(lambda b: 2e5 / b, 2, BATCHES[:-1]), TARGET)  # to 4096, to 1024
+    assert (two.mean, two.low, two.high) == (pytest.approx(2048), two.mean, two.mean)
 
 
 def test_the_fit_recovers_floor_and_slope() -> None:
     assert fit(runs(lambda b: 3 + 9000 / b), TARGET) == (pytest.approx(3), pytest.approx(9000))
     assert fit(runs(lambda b: 9000 / b - 1), TARGET)[0] == 0.0  # steps below proportion: no floor
     assert math.isnan(fit(runs(lambda b: 3.0, batches=(64,)), TARGET)[0])
+    reached = runs(lambda b: 3 + 9000 / b)
+    assert fit([*reached, unreached(runs(lambda b: 500.0, batches=(16384,))[0])], TARGET) == fit(reached, TARGET)
+
+
+@pytest.mark.parametrize("law", [lambda b: 3 + 9000 / b + 0.01 * b**0.5, lambda b: 9000 / b**1.1])
+def test_the_fit_has_the_least_relative_error(law: Callable[[int], float]) -> None:
+    """With a floor, and where the best floor would be negative, among the fits without one."""
+    floor, slope = fit(runs(law), TARGET)
+
+    def error(a: float, c: float) -> float:
+        return sum(((a + c / b) / law(b) - 1) ** 2 for b in BATCHES)
+
+    floors = {floor, 1.01 * floor, 0.99 * floor}
+    assert min((error(a, c), a, c) for a in floors for c in (slope, 1.01 * slope, 0.99 * slope))[1:] == (floor, slope)
 
 
 def test_the_table_has_a_row_a_method() -> None:
     frame = table(runs(lambda b: 3 + 9000 / b), TARGET)
     assert list(frame.index) == ["AdamW"]
     assert frame.loc["AdamW", "floor a (steps)"] == "3.0" and frame.loc["AdamW", "c / a (tokens)"] == "3 k"
+    large = table(runs(lambda b: 3 + 9e6 / b), TARGET)
+    assert large.loc["AdamW", "c / a (tokens)"] == "3 M"

@@ -49,6 +49,37 @@ def test_a_method_that_still_scales_gives_a_lower_bound_of_the_ratio() -> None:
     assert math.isnan(other.mean)  # the ratio is below 1 by an unknown factor
 
 
+def ended_above(records: list[Record], *batches: int) -> list[Record]:
+    for record in records:
+        if record.config.outer_batch in batches:
+            record.rows[1]["val_loss"] = TARGET + 0.5
+    return records
+
+
+def test_a_critical_batch_that_is_an_upper_bound_bounds_the_ratio_below_or_tells_nothing() -> None:
+    ratio = measures.critical_ratio("gauss_newton", ("soap", "muon"))
+    muon = ended_above(scaling("muon", 64), 256, 1024)  # B* is at most 1.2 times 64
+    found = ratio(groups(scaling("gauss_newton", 256), scaling("soap", 16), muon), TARGET)
+    assert found.censored == 1 and found.mean == pytest.approx(4)
+    own = ended_above(scaling("gauss_newton", 64), 256, 1024)
+    assert math.isnan(ratio(groups(own, scaling("soap", 16), scaling("muon", 16)), TARGET).mean)
+
+
+def test_one_of_the_others_without_a_critical_batch_leaves_no_ratio() -> None:
+    soap = ended_above(scaling("soap", 16), 16)
+    for records in ([soap, scaling("muon", 16)], [scaling("muon", 16), soap]):
+        ratio = measures.critical_ratio("gauss_newton", ("soap", "muon"))
+        assert math.isnan(ratio(groups(scaling("gauss_newton", 256), *records), TARGET).mean)
+
+
+def test_the_best_baseline_is_none_that_has_diverged_on_a_seed() -> None:
+    records = [run("gauss_newton", 2, seed) for seed in (1, 2)] + [run("muon", 8, seed) for seed in (1, 2)]
+    records += [run("adamw", 20, seed) for seed in (1, 2)] + [run("soap", 4, seed) for seed in (1, 2)]
+    assert measures.best_baseline_ratio(by_method(records), TARGET).mean == 2
+    records[-1].status = "diverged"
+    assert measures.best_baseline_ratio(by_method(records), TARGET).mean == 4
+
+
 def test_the_interval_of_a_critical_ratio_comes_from_both() -> None:
     def both(method: str) -> list[Record]:
         return scaling(method, 16, seed=1) + scaling(method, 64, seed=2)
@@ -68,7 +99,9 @@ def test_the_budget_lead_is_over_the_best_baseline_of_a_seed_at_the_largest_batc
     records = [final("gauss_newton", 3.0, seed, 256) for seed in (1, 2)] + [final("gauss_newton", 4.0, 1, 64)]
     records += [final("muon", loss, seed, 256) for seed, loss in ((1, 3.5), (2, 3.9))] + [final("muon", 1.0, 1, 64)]
     records += [final("soap", loss, seed, 256) for seed, loss in ((1, 3.8), (2, 3.3))]
-    records += [final("adamw", None, seed, 256) for seed in (1, 2)]
+    records += [final("adamw", 1.0, seed, 256) for seed in (1, 2)]
+    for record in records[-2:]:
+        record.status = "diverged"  # after whatever loss
     found = measures.budget_lead(by_method(records), TARGET)
     assert (found.mean, found.n) == (pytest.approx((0.5 + 0.3) / 2), 2)
 

@@ -20,6 +20,7 @@ from gnlib.results import (
     ratio,
     steps_to_target,
     summary,
+    value_at,
 )
 
 TRAIN, SEARCH = 1000, 250  # tokens of a step in `made`
@@ -206,3 +207,21 @@ def test_the_summary_has_a_row_a_method_with_ratios_to_gauss_newton() -> None:
     assert adamw["steps / GN"] == "≥ 3.50"  # 3 and 4
     assert adamw["tokens / GN"] == "≥ 2.80"  # GN reads 1.25 times as many a step
     assert adamw["final loss"] == "4.50 ± 6.35"
+
+
+def test_beyond_its_end_a_run_keeps_its_last_value_and_between_evaluations_it_is_interpolated() -> None:
+    record = made("adamw", [5.0, 4.0, 3.0], every=10)
+    losses = [value_at(record, step, lambda row: row["val_loss"]) for step in (0, 5, 10, 15, 20, 70)]
+    assert losses == [5.0, 4.5, 4.0, 3.5, 3.0, 3.0]
+
+
+def test_the_interval_has_students_points_up_to_sixteen_seeds_and_the_normals_beyond() -> None:
+    for n, point in ((15, 2.145), (16, 2.131), (17, 1.96)):
+        half = estimate([1.0, 3.0] + [2.0] * (n - 2)).half_width
+        assert half == pytest.approx(point * math.sqrt(2 / (n - 1)) / math.sqrt(n))
+
+
+def test_the_summary_counts_tokens_in_millions() -> None:
+    record = made("gauss_newton", [5.0, 4.0])
+    record.rows[1] |= {"tokens_train": 2_000_000, "tokens_search": 500_000}  # type: ignore[typeddict-item]
+    assert summary([record], 4.0).loc["GN", "Mtokens"] == "2.50"

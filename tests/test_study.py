@@ -276,6 +276,7 @@ def test_records_of_a_study_are_labelled_by_their_settings(home: Path) -> None:
     assert [label(record) for record in studies.study_records("prox_linear", "tiny", [1], allow_run=False)] == names
     assert [label(record) for record in studies.existing_records("prox_linear", "tiny", [1])] == names
     assert studies.existing_records("prox_linear", "tiny", [1, 2]) == []
+    assert studies.is_complete("prox_linear", "tiny") and not studies.is_complete("layerwise", "tiny")
     assert not any("label" in path.read_text() for path in home.rglob("*.jsonl"))
 
 
@@ -299,8 +300,8 @@ def test_of_a_study_under_way_the_complete_settings_are_shown_and_the_others_nam
 
 def test_what_is_asked_for_by_name_or_afresh_is_never_left_out(home: Path) -> None:
     ship(home, of(studies.study_runs("layerwise", "tiny", [1])[0].config))
-    for asked in ({"methods": ["gauss_newton", "layerwise"]}, {"fresh": True}):
-        with pytest.raises(StudyError, match="missing"):
+    for asked in ({"methods": ["gauss_newton", "layerwise", "matrixwise"]}, {"fresh": True}):
+        with pytest.raises(StudyError, match=r"[23] of 3 records are missing"):
             studies.study_records("layerwise", "tiny", [1], allow_run=False, **asked)  # type: ignore[arg-type]
 
 

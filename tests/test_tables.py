@@ -10,6 +10,7 @@ import pytest
 from test_results import SEARCH, TRAIN, made
 
 from gnlib import tables
+from gnlib.files import home
 from gnlib.record import Record
 from gnlib.results import ends, steps_to_target
 from gnlib.variants import Setting
@@ -27,6 +28,9 @@ def test_costs_are_read_off_where_the_target_is_crossed() -> None:
     assert list(frame.index) == ["GN", "Muon"]
     assert list(frame.loc["GN"]) == ["0.75", "0.00", "6.00", "0.00"]
     assert list(frame.loc["Muon"]) == ["1.50", "0.00", "1.50", "0.00"]
+    large = made("adamw", [5.0, 4.0])
+    large.rows[1] |= {"tokens_train": 3_000_000, "flops": 7e12}  # type: ignore[typeddict-item]
+    assert list(tables.costs([large], 4.0).loc["AdamW"]) == ["1.00", "3.00", "1.00", "7.00"]
     reached = steps_to_target([made("gauss_newton", [5.0, 4.0])], 4.25).iloc[0]
     assert reached["tokens"] == pytest.approx(0.75 * (TRAIN + SEARCH)) and reached["flops"] == pytest.approx(0.75e6)
     assert reached["wall_s"] == pytest.approx(0.375) and reached["gradients"] == pytest.approx(6)
@@ -45,6 +49,8 @@ def test_cells_are_means_over_the_seeds_of_a_method_at_a_batch() -> None:
     assert list(frame.columns) == ["Muon", "Another name"] and list(frame.index) == [256, 1024]
     assert frame.loc[1024, "Muon"].startswith("4.10 ± ") and frame.loc[256, "Muon"] == "3.00"
     assert frame.loc[1024, "Another name"] == "4.50" and frame.loc[256, "Another name"] == "-"
+    ran_last = [at_batch(made("muon", [5.0, 4.0]), 64), at_batch(made("adamw", [5.0, 4.0]), 16)]
+    assert list(tables.by_batch(ran_last, tables.mean_loss).index) == [256, 1024]
 
 
 def test_steps_and_rates_by_batch() -> None:
@@ -87,6 +93,14 @@ def test_the_tuning_table_has_what_was_chosen_and_whether_it_is_interior() -> No
     assert list(frame.index) == ["muon", "muon@128:budget"]
     assert frame.loc["muon"].to_dict() == {"lr": 0.1, "outer_steps": 24, "score": 10.0, "trials": 3, "interior": False}
     assert frame.loc["muon@128:budget", "score"] == 3.5
+
+
+@pytest.mark.usefixtures("table")
+def test_the_score_is_that_of_the_chosen_settings_wherever_they_stand_among_the_trials() -> None:
+    path = home() / "data" / "records" / "laptop" / "tuned.json"
+    entry = json.loads(path.read_text())["muon"]
+    path.write_text(json.dumps({"muon": entry | {"trials": entry["trials"][::-1]}}))
+    assert tables.tuned("laptop", [Setting("muon")]).loc["muon", "score"] == 10.0
 
 
 @pytest.mark.usefixtures("table")

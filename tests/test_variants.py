@@ -67,7 +67,54 @@ def test_batches_are_powers_of_four_apart_with_the_profiles_own_and_divide_the_b
 
 
 def test_the_schedules_are_studied_at_a_small_a_medium_and_a_large_batch() -> None:
-    assert sorted({run.config.outer_batch for run in study_runs("schedules", "laptop")}) == [128, 512, 2048]
+    batches = {p: sorted({run.config.outer_batch for run in study_runs("schedules", p)}) for p in ("laptop", "h200")}
+    assert batches == {"laptop": [128, 512, 2048], "h200": [1024, 4096, 16384]}  # h200 has a smaller one
+    assert {run.config.outer_batch for run in study_runs("stateless", "h200")} == {1024}
+
+
+def test_studies_at_a_budget_read_as_many_tokens_whatever_the_batch() -> None:
+    for name in ("fixed_budget", "stateless"):
+        read = {run.config.outer_steps * run.config.outer_batch for run in study_runs(name, "laptop", [1])}
+        assert read == {find_profile("laptop").budget}
+
+
+def test_a_method_named_twice_runs_once() -> None:
+    assert len(study_runs("layerwise", "tiny", [1, 1], ["layerwise", "layerwise"])) == 1
+
+
+def test_what_a_study_is_tuned_for_are_its_methods_and_the_variants_with_settings_of_their_own() -> None:
+    found = tuned_settings("line_search", "laptop", ["cold_start", "gauss_newton_no_search"])
+    assert found == {
+        "gauss_newton": Setting("gauss_newton", 2048),
+        "gauss_newton_no_search": Setting("gauss_newton_no_search", 2048),
+    }
+
+
+def test_a_variant_that_is_not_tuned_follows_the_data_order_and_the_settings_of_its_method(home: Path) -> None:
+    tuned(home, gauss_newton={"method.inner.lr": 0.123})
+    config = setting_config("laptop", Setting("cold_start"), seed=3)
+    assert (config.seed, config.method.inner.lr) == (3, 0.123)
+
+
+def test_at_a_larger_batch_gauss_newton_starts_with_the_root_of_the_steps_and_a_baseline_with_as_many(
+    home: Path,
+) -> None:
+    tuned(home, gauss_newton={"outer_steps": 8}, adamw={"outer_steps": 48, "method.inner.warmup": 6})
+    newton, adamw = (setting_config("laptop", Setting(name, 4 * 2048)) for name in ("gauss_newton", "adamw"))
+    assert (newton.outer_steps, adamw.outer_steps, adamw.method.inner.warmup) == (4, 48, 6)
+
+
+def test_the_loss_is_evaluated_less_often_at_a_smaller_batch_and_eight_times_over_a_budget() -> None:
+    sequences = run_config("laptop", "adamw").evaluation.sequences
+    for batch in BATCHES["laptop"][:-1]:
+        assert setting_config("laptop", Setting("adamw", batch)).evaluation.every == max(1, sequences // (2 * batch))
+        budget = setting_config("laptop", Setting("adamw", batch, budget=True))
+        assert budget.evaluation.every == max(1, budget.outer_steps // 8)
+
+
+def test_the_variant_that_searches_on_a_sixteenth_does() -> None:
+    search = setting_config("laptop", Setting("search_on_16th")).method.line_search
+    assert search is not None and search.fraction == 1 / 16
 
 
 def test_runs_at_the_profiles_own_batch_are_those_of_figure_1() -> None:
