@@ -239,6 +239,18 @@ def test_several_seeds_have_an_interval_and_a_run_above_the_target_gives_a_bound
     assert list(found["ratio"]) == ["≥ 16.00", "≥ 8.00", "≥ 4.00"] and set(found["steps"]) == {"≥ 32.00"}
 
 
+def test_the_best_baseline_is_that_of_the_least_mean_and_none_that_misses_the_target(home: Path) -> None:
+    runs = {"soap": [4.0, 8.0, 9.0], "muon": [9.0, 9.0], "adamw": [3.0]}
+    references = [
+        ran(run_config("laptop", name, i), steps) for name, each in runs.items() for i, steps in enumerate(each)
+    ]
+    for record in references:
+        record.config = record.config.replace(outer_steps=100)
+    references[-1].rows[-1]["val_loss"] = TARGET + 1
+    assert comparing.best_baseline(references, TARGET) == "SOAP"
+    assert comparing.best_baseline(references[-1:], TARGET) == ""
+
+
 def test_references_that_are_missing_are_named_with_the_command_that_makes_them(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

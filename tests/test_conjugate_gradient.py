@@ -128,6 +128,20 @@ def test_curvature_may_come_from_a_share_of_the_batch_and_the_gradient_never_doe
     assert_close(found, -torch.linalg.solve(damped, gradient), 1e-6)
 
 
+def test_with_several_micro_batches_gradient_curvature_and_loss_are_means_over_them(case: Case) -> None:
+    moved = case.inputs.roll(1, 0) if case.inputs.is_floating_point() else (case.inputs + 1) % 7
+    batches = [(case.inputs, case.targets), (moved, case.targets)]
+    solver, solution = hessian_free(case, damping=0.3), case.anchor()
+    loss, _ = solver.solve(solution, batches)
+    both = [case.loss.value(case.model(inputs), targets).item() for inputs, targets in batches]
+    assert loss == pytest.approx(sum(both) / 2)
+    names = list(case.anchor())
+    first, second = (Subproblem(case.model, case.dense_loss, *batch, names, ridge=0.0) for batch in batches)
+    gradient = (first.jacobian.T @ first.g + second.jacobian.T @ second.g) / 2
+    damped = (first.curvature + second.curvature) / 2 + 0.3 * torch.eye(len(gradient), dtype=torch.float64)
+    assert_close(flatten(solution) - flatten(case.anchor()), -torch.linalg.solve(damped, gradient), 1e-6)
+
+
 # ---------------------------------------------------------------- the outer step
 
 

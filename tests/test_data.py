@@ -286,7 +286,8 @@ def test_every_epoch_visits_each_sequence_once_in_a_fresh_order(files: TokenFile
     epochs = starts.view(3, 10)
     assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
-    assert not torch.equal(TokenStream(files, seed=1).take(10)[0][:, 0] // 4, epochs[0])
+    others = [TokenStream(files, seed=seed).take(10)[0][:, 0] // 4 for seed in (1, 2)]
+    assert not any(torch.equal(other, epoch) for other in others for epoch in epochs)  # nor one epoch of another seed
     assert TokenStream(files, seed=0).take(25)[0][:, 0].tolist() == (4 * starts[:25]).tolist()
 
 
@@ -297,6 +298,9 @@ def test_tokens_counted_are_tokens_read_search_included(files: TokenFiles) -> No
         read[purpose] += stream.take(count, purpose)[1].numel()  # type: ignore[arg-type]
     assert read == {"train": stream.tokens_train, "search": stream.tokens_search}
     assert stream.position * files.sequence_length == sum(read.values())
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"cannot take {count} sequences: at least 1"):
+            stream.take(count)
 
 
 def test_a_stream_restored_from_its_counter_continues_identically(files: TokenFiles) -> None:

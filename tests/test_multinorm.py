@@ -132,6 +132,12 @@ def test_the_sweep_limit_ends_the_alternation_and_says_so() -> None:
     assert torch.equal(end.x, sweep(sweep(matrix((4, 8)), ("row", "column")), ("row", "column")))
 
 
+def test_a_stack_is_at_its_fixed_point_when_the_last_of_its_matrices_is() -> None:
+    done = fixed_point(matrix((4, 8)), ("row", "column"), tolerance=1e-9).x
+    end = fixed_point(torch.stack([done, matrix((4, 8), seed=5)]), ("row", "column"), tolerance=1e-6)
+    assert end.sweeps > 1 and end.converged and end.excess < 1e-5
+
+
 def test_a_looser_tolerance_stops_earlier() -> None:
     loose, tight = (fixed_point(matrix((4, 8)), ("row", "column"), t) for t in (1e-2, 1e-6))
     assert loose.sweeps < tight.sweeps and 1e-6 < loose.change <= 1e-2 and tight.change <= 1e-6
@@ -188,6 +194,14 @@ def test_parameters_of_one_shape_step_as_each_by_itself_and_groups_keep_their_se
         settings = {"lr": 0.1} if index < 3 else {"lr": 0.5, "sweeps": 2}
         assert_close(p, stepped(SinkGD, start, p.grad, **settings), 1e-12)
     assert torch.equal(idle, torch.ones(4, 8))
+
+
+def test_parameters_of_one_shape_may_differ_in_precision() -> None:
+    parameters = [torch.nn.Parameter(matrix((4, 8)).to(dtype)) for dtype in (torch.float32, torch.float64)]
+    for p in parameters:
+        p.grad = matrix((4, 8), seed=1).to(p.dtype)
+    SinkGD(parameters, lr=0.1).step()
+    assert_close(parameters[0].double(), parameters[1], 1e-6)
 
 
 def test_a_closure_is_evaluated_with_gradients() -> None:

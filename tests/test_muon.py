@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,11 +14,13 @@ SHAPES = [(8, 8), (24, 8), (8, 24), (8, 8), (24, 8), (1, 8)]
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
-def test_batched_muon_is_torch_muon(nesterov: bool, adjust: str) -> None:
+@pytest.mark.parametrize("iteration", [{}, {"ns_steps": 2}, {"ns_coefficients": (2.0, -1.5, 0.5)}, {"eps": 30.0}])
+def test_batched_muon_is_torch_muon(nesterov: bool, adjust: str, iteration: dict[str, Any]) -> None:
     """Within a few units of bf16's last place after five steps, whose updates are of size lr."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    settings = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov, "adjust_lr_fn": adjust}
+    chosen = {"nesterov": nesterov, "adjust_lr_fn": adjust} | iteration
+    settings = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9} | chosen
     ends = []
     for kind in (torch.optim.Muon, BatchedMuon):
         parameters = [p.clone().requires_grad_() for p in start]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,43 @@ def test_a_run_that_cannot_be_built_is_refused_before_anything_runs(launched: li
     with pytest.raises(ConfigError, match=r"cannot import 'no_such_package\.Optimizer'"):
         run_study([bad, short("adamw")], "tiny", jobs=1)
     assert not launched and not data_folder().exists()
+
+
+def test_a_run_that_is_killed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = [sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(study, "_spawn", lambda *_: subprocess.Popen(killed))
+    with pytest.raises(StudyError, match="failed with exit code -9"):
+        execute([pinned(short("adamw"))], jobs=1)
+
+
+def test_each_run_has_its_own_threads_and_as_many_run_at_once_as_cores_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def spawn(command: list[str], environment: dict[str, str], log: object) -> subprocess.Popen[bytes]:
+        threads.append(environment["OMP_NUM_THREADS"])
+        return subprocess.Popen([sys.executable, "-S", "-c", ""])
+
+    monkeypatch.setattr(study, "_spawn", spawn)
+    configs = [pinned(short("adamw", seed, compute__threads=count)) for seed, count in ((1, 3), (2, 2))]
+    execute(configs, jobs=1)
+    assert threads == ["3", "2"]
+    if not torch.cuda.is_available():
+        for cores, jobs in ((8, 2), (2, 1)):
+            monkeypatch.setattr(study.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+            assert study.default_jobs(configs) == jobs
+
+
+def test_the_longest_runs_start_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[int] = []
+
+    def one_by_one(configs: Sequence[RunConfig], jobs: study.Jobs, keep_weights: bool) -> None:
+        for config in configs:
+            order.append(config.outer_steps)
+            leave(of(config))
+
+    monkeypatch.setitem(study.EXECUTORS, "inline", one_by_one)
+    run_study([short("adamw", outer_steps=steps) for steps in (2, 9, 4)], "tiny", executor="inline")
+    assert order == [9, 4, 2]
 
 
 def test_less_than_one_job_is_refused(launched: list[list[str]]) -> None:

@@ -19,7 +19,7 @@ from gnlib.record import Record
 from gnlib.studies import study_configs
 from gnlib.study import Slots, StudyError
 from gnlib.sweep import sweep
-from gnlib.variants import Setting, key
+from gnlib.variants import Setting, key, tunable
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -34,14 +34,16 @@ class Calls:
         monkeypatch.setattr(sweeping, "tune", self.tune)
         monkeypatch.setattr(sweeping, "run_study", self.run)
         self.failing = ""
+        self.error: Exception = StudyError("AdamW failed\nand again")
 
     def tune(self, profile: str, setting: Setting, jobs: Slots) -> dict[str, object]:
         time.sleep(0.01)
+        assert tunable(setting) == setting
         with self.lock:
             self.events.append(("tune", key(profile, setting)))
             self.slots.add(id(jobs))
         if self.failing == key(profile, setting):
-            raise StudyError("AdamW failed\nand again")
+            raise self.error
         return {"settings": {"method.inner.lr": 0.1}, "interior": True, "trials": []}
 
     def run(self, configs: Sequence[RunConfig], profile: str, jobs: Slots, allow_run: bool) -> list[Record]:
@@ -68,8 +70,8 @@ def test_every_setting_is_tuned_before_its_data_orders_run_and_a_method_before_i
 
 def test_variants_that_run_with_their_methods_settings_wait_for_its_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
-    sweep(["line_search"], "tiny", methods=["cold_start", "muon_search"], seeds=[1])
-    assert sorted(calls.events) == [("run", "muon@64"), ("run", "muon@64"), ("tune", "gauss_newton"), ("tune", "muon")]
+    sweep(["line_search"], "tiny", methods=["cold_start", "search_on_all", "muon_search"], seeds=[1])
+    assert sorted(calls.events) == [("run", "muon@64")] * 3 + [("tune", "gauss_newton"), ("tune", "muon")]
 
 
 def test_what_is_interior_is_not_tuned_again_nor_anything_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +99,9 @@ def test_a_chain_that_fails_is_reported_and_does_not_stop_the_others(monkeypatch
         sweep(["iteration_complexity"], "tiny", methods=["adamw", "muon"], seeds=[1])
     assert str(caught.value).splitlines() == ["adamw: AdamW failed", "adamw: and again"]
     assert ("run", "muon@64") in calls.events
+    calls.error = OSError("no space left")
+    with pytest.raises(StudyError, match="adamw: no space left"):
+        sweep(["iteration_complexity"], "tiny", methods=["adamw", "muon"], seeds=[1])
 
 
 def test_only_the_batches_asked_for_are_run_and_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +164,19 @@ def test_a_sweep_stops_after_its_minutes_and_says_what_is_left(monkeypatch: pyte
     with pytest.raises(StudyError, match="adamw: stopped with 2 to run; the same command continues"):
         sweep(["iteration_complexity"], "tiny", jobs=2, minutes=0.005, tuned=False, methods=["adamw"], seeds=[1, 2])
     assert ended == ["terminated"] * 2 + ["waited for"] * 2
+
+
+def test_the_time_of_a_sweep_is_given_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds: list[float] = []
+
+    def timer(interval: float, close: object) -> threading.Timer:
+        seconds.append(interval)
+        return threading.Timer(1000, lambda: None)
+
+    Calls(monkeypatch)
+    monkeypatch.setattr(sweeping, "Timer", timer)
+    sweep(["iteration_complexity"], "tiny", methods=["adamw"], seeds=[1], minutes=1.5)
+    assert seconds == [90.0]
 
 
 def test_a_sweep_leaves_the_records_of_its_studies(monkeypatch: pytest.MonkeyPatch) -> None:
