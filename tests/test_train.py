@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -114,6 +115,22 @@ def test_the_flops_column_is_what_a_hand_count_gives() -> None:
     for method, passes in (("adamw", 64 * 3), ("gauss_newton", 64 * 5 + 16 * 6)):
         rows = run(cold(method, outer_steps=2)).rows
         assert [row["flops"] for row in rows] == pytest.approx([0, forward * passes, 2 * forward * passes], rel=1e-12)
+
+
+def test_seconds_are_those_of_all_steps_so_far_without_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that is read before and after each step and ticks once a reading."""
+    ticks = itertools.count()
+    monkeypatch.setattr("gnlib.train.time.perf_counter", lambda: float(next(ticks)))
+    assert [row["wall_s"] for row in run(cold("adamw", outer_steps=3)).rows] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.49, "finished"), (1.51, "diverged")])
+def test_a_run_has_diverged_above_one_and_a_half_times_the_loss_at_its_start(
+    factor: float, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = itertools.chain([4.0], itertools.repeat(4.0 * factor))
+    monkeypatch.setattr("gnlib.train._Run.evaluate", lambda _: next(losses))
+    assert run(cold("adamw", outer_steps=2)).status == status
 
 
 def test_rows_are_of_the_start_each_evaluation_and_the_last_step() -> None:
