@@ -136,6 +136,8 @@ class Estimate:
     def __str__(self) -> str:
         if math.isnan(self.mean):
             return "-"
+        if math.isinf(self.mean):
+            return "inf"  # of diverged runs; it has no interval
         if self.censored:
             return f"≥ {self.mean:.2f}"  # bounds have no interval
         return f"{self.mean:.2f}" if self.half_width is None else f"{self.mean:.2f} ± {self.half_width:.2f}"

@@ -5,6 +5,7 @@ pandas is imported where it is used; it comes with the `figures` extra.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,13 +32,15 @@ BYTES = 4  # of an fp32 parameter
 def tokens_to_final_loss(method: str, reference: str) -> Callable[[dict[str, list[Record]], float], Estimate]:
     """The claim's measure: tokens at which `method` first has `reference`'s final loss, over all of the reference's.
 
-    Paired by seed; a method that never gets there gives a lower bound.
+    Paired by seed; a method that never gets there gives a lower bound, a reference that diverged no figure (nan).
     """
     above, below = find_method(method).label, find_method(reference).label
     return lambda groups, target: _tokens_ratio(groups[above], groups[below])
 
 
 def _tokens_ratio(runs: Sequence[Record], reference: Sequence[Record]) -> Estimate:
+    if any(record.status == "diverged" for record in reference):
+        return Estimate(math.nan, None, len(runs))
     ends = {record.config.seed: record.rows[-1] for record in reference}
     pairs = [(crossing(r, ends[r.config.seed]["val_loss"] or 0.0), ends[r.config.seed]) for r in runs]
     return estimate([reached.tokens / end["tokens_train"] for reached, end in pairs], [r.censored for r, _ in pairs])

@@ -205,6 +205,16 @@ def test_stateless_methods_are_counted_in_tokens_to_adamws_final_loss(home: Path
     ]
 
 
+@pytest.mark.parametrize("loss", [None, 9.0])
+def test_tokens_to_the_final_loss_of_a_run_that_diverged_are_no_figure(loss: float | None, home: Path) -> None:
+    for setting, config in study_runs("stateless", "tiny", [1], ["adamw", "sinkgd"]):
+        diverged = setting.name == "adamw"
+        record = made(setting.name, [5.0, loss if diverged else 4.0], 1, "diverged" if diverged else "finished")
+        record.config = config
+        records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+    assert about(claims("tiny", seeds=[1]), "SinkGD").holds == UNDECIDED
+
+
 def test_the_step_cost_is_gauss_newtons_at_the_size_where_it_costs_most(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = [("small", "gn", 1.5), ("large", "gn", 1.7), ("large", "layerwise", 7.9), ("small", "layerwise", 4.0)]
     rows = [

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -64,6 +65,29 @@ def test_a_field_up_to_its_first_hash_names_the_group_of_a_document(name: str, t
     assert found == list(zip(TEXTS, ("book/1", "book/1", "article/7"), strict=True))
     assert [document.group for document in corpus.grouped_documents(str(path))] == [None] * 3
     assert "data.group" in refusal(str(path), group="book")
+
+
+def test_the_first_documents_are_skipped_after_empty_ones_are_dropped_and_in_every_source(tmp_path: Path) -> None:
+    path = write(tmp_path / "text.jsonl", ["", " \n", *TEXTS])
+    assert list(corpus.documents(str(path), skip=1)) == TEXTS[1:]
+    first, second = islice(corpus.documents("docstrings"), 2)
+    assert first != second == next(iter(corpus.documents("docstrings", skip=1)))
+
+
+def test_a_row_without_text_is_an_empty_document_and_without_its_group_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [None, "Words."]}), tmp_path / "null.parquet")
+    assert list(corpus.documents(str(tmp_path / "null.parquet"))) == ["Words."]
+    (tmp_path / "null.jsonl").write_text('{"text": "Words.", "id": null}\n')
+    assert "line 1 has no id among text, id" in refusal(str(tmp_path / "null.jsonl"), group="id")
+
+
+def test_a_byte_order_mark_and_hidden_files_are_not_text_and_leading_blank_lines_separate_nothing(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.txt").write_text("\n\n\n\nOne.\n\nStill one.\n", encoding="utf-8-sig")
+    (tmp_path / ".hidden.txt").write_text("Not this.")
+    assert list(corpus.documents(str(tmp_path))) == ["One.\n\nStill one."]
+    assert list(corpus.documents(str(tmp_path / "a.txt"))) == ["One.\n\nStill one."]
 
 
 def test_a_group_of_a_txt_file_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -280,6 +280,12 @@ def test_a_sequence_predicts_each_token_after_the_first_once(files: TokenFiles) 
         files.gather("train", np.array([10]))
 
 
+def test_a_sequence_before_the_first_or_past_the_last_is_refused(files: TokenFiles) -> None:
+    for index in (-1, files.sequences("train")):
+        with pytest.raises(IndexError, match="train sequences are 0 to 9"):
+            files.gather("train", np.array([0, index]))
+
+
 def test_every_epoch_visits_each_sequence_once_in_a_fresh_order(files: TokenFiles) -> None:
     stream = TokenStream(files, seed=0)
     starts = torch.cat([stream.take(count)[0][:, 0] // 4 for count in (3, 9, 7, 11)])  # batches across both ends

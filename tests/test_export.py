@@ -97,6 +97,15 @@ def test_a_shipped_record_from_before_a_field_was_added_is_not_written_again(hom
     assert path.read_bytes() == before
 
 
+def test_a_run_that_was_made_again_takes_the_place_of_the_shipped_one(home: Path, shipped: Path) -> None:
+    name = run(home, wanted()[0])
+    export("tiny")
+    run(home, wanted()[0], "diverged")
+    assert export("tiny") == 1
+    record = records.read(shipped / name)
+    assert record is not None and record.status == "diverged"
+
+
 def test_an_unknown_profile_is_refused_and_nothing_written(home: Path) -> None:
     with pytest.raises(ConfigError, match="no profile 'huge'"):
         export("huge")
@@ -137,4 +146,7 @@ def test_verify_checks_every_profile(home: Path, shipped: Path) -> None:
     (other / MANIFEST).write_text(f"{'0' * 64}  0123456789ab.jsonl\n")
     assert refusal() == f"{other / '0123456789ab.jsonl'}: missing"
     (other / MANIFEST).write_text("")
-    assert verify() == 1
+    assert verify() == 1  # of tiny, whichever comes last
+    (other / "0123456789ab.jsonl").write_text("x")
+    (other / MANIFEST).write_text(f"{hashlib.sha256(b'x').hexdigest()}  0123456789ab.jsonl\n")
+    assert verify() == 2

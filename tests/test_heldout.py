@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,7 @@ def trained(tmp_path: Path) -> RunConfig:
         "start.chinchilla_fraction": 0.0,
         "outer_steps": 2,
         "compute.precision": "fp64",
+        "compute.micro_batch": 2,  # which does not divide the sequences of OTHER
     }
     config = pinned(run_config("tiny", "adamw", changes=changes, use_tuned=False))
     train(config, CPU, keep_weights=True)
@@ -69,10 +71,18 @@ def test_the_loss_on_another_text_is_that_of_a_slow_loop_over_its_tokens(
     text = jsonl(tmp_path / "other.jsonl", OTHER)
     found = heldout(trained.run_id, str(text), documents, CPU)
     chosen = OTHER[:documents]
+    assert documents or found.tokens // LENGTH % 2 == 1
     loss, tokens, size = slow_loss(trained, chosen)
     assert found.loss == pytest.approx(loss, rel=1e-12)
     assert found.bits_per_byte == pytest.approx(loss / math.log(2) * tokens / size, rel=1e-12)
     assert (found.documents, found.tokens) == (len(chosen), (tokens - 1) // LENGTH * LENGTH)
+
+
+def test_a_sequence_counts_if_the_token_after_it_is_there(trained: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of exactly three sequences have two whole ones with a next token each."""
+    for tokens in (3 * LENGTH, 3 * LENGTH + 1):
+        monkeypatch.setattr("gnlib.heldout._tokens", lambda *_, n=tokens: (np.arange(n, dtype=np.uint32) % 200, 1, 1))
+        assert heldout(trained.run_id, "any", device=CPU).tokens == (tokens - 1) // LENGTH * LENGTH
 
 
 def test_half_a_surrogate_pair_is_read_as_in_preparation(trained: RunConfig, tmp_path: Path) -> None:

@@ -241,3 +241,9 @@ def test_an_outer_step_counts_the_cost_of_observing_and_does_not_depend_on_the_m
         ends.append({name: p.detach().clone() for name, p in step.model.named_parameters()})
     assert costs == [[24.0, 12.0, 24.0]] * 2
     assert_all_close(ends[0], ends[1], 1e-10)
+
+
+@pytest.mark.parametrize("wrong", [{"damping": 0.0}, {"decay": 1.0}, {"decay": -0.1}, {"period": 0}])
+def test_impossible_settings_of_kfac_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"must be positive, decay .* in \[0, 1\), period .* at least 1"):
+        KFAC([torch.nn.Parameter(torch.ones(2, 2))], **wrong)  # type: ignore[arg-type]

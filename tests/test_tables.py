@@ -64,7 +64,9 @@ def test_steps_and_rates_by_batch() -> None:
 
 
 def test_a_diverged_run_has_no_final_loss_to_speak_of() -> None:
-    assert tables.mean_loss([made("muon", [5.0, 9.0], status="diverged")]).mean == math.inf
+    diverged = made("muon", [5.0, 9.0], status="diverged")
+    assert tables.mean_loss([diverged]).mean == math.inf
+    assert str(tables.mean_loss([diverged, made("muon", [5.0, 4.0], 2)])) == "inf"
 
 
 def test_ends_have_a_row_a_run_with_its_last_values() -> None:
