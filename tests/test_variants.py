@@ -74,8 +74,9 @@ def test_the_schedules_are_studied_at_a_small_a_medium_and_a_large_batch() -> No
 
 def test_studies_at_a_budget_read_as_many_tokens_whatever_the_batch() -> None:
     for name in ("fixed_budget", "stateless"):
-        read = {run.config.outer_steps * run.config.outer_batch for run in study_runs(name, "laptop", [1])}
-        assert read == {find_profile("laptop").budget}
+        runs = study_runs(name, "laptop", [1])
+        assert {run.config.outer_steps * run.config.outer_batch for run in runs} == {find_profile("laptop").budget}
+        assert all(run.setting.budget for run in runs)
 
 
 def test_a_method_named_twice_runs_once() -> None:
