@@ -113,6 +113,19 @@ def test_the_loss_is_evaluated_less_often_at_a_smaller_batch_and_eight_times_ove
         assert budget.evaluation.every == max(1, budget.outer_steps // 8)
 
 
+def test_no_warm_up_is_longer_than_half_a_budget_and_no_batch_too_small_for_an_inner_step(home: Path) -> None:
+    tuned(home, adamw={"method.inner.warmup": 24})
+    config = setting_config("laptop", Setting("adamw", 2048, budget=True))
+    assert (config.outer_steps, config.method.inner.warmup) == (8, 4)
+    assert setting_config("laptop", Setting("gauss_newton", 8)).method.inner.steps == 1
+
+
+def test_a_constant_rate_runs_to_the_cap_whatever_length_is_tuned(home: Path) -> None:
+    tuned(home, gauss_newton={"outer_steps": 5})
+    setting = Setting("constant")
+    assert setting_config("laptop", setting).outer_steps == most_steps("laptop", setting) > 5
+
+
 def test_the_variant_that_searches_on_a_sixteenth_does() -> None:
     search = setting_config("laptop", Setting("search_on_16th")).method.line_search
     assert search is not None and search.fraction == 1 / 16
