@@ -5,133 +5,25 @@ Sources: arXiv 2510.09378, sections 1 and 5. Whether a claim holds is decided by
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
-from itertools import takewhile, zip_longest
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import zip_longest
 from textwrap import wrap
 from typing import Any
 
-from gnlib import bench, measures
+from gnlib import measures
 from gnlib.config import ConfigError
-from gnlib.measures import BASELINES, Measure
-from gnlib.profiles import find_profile, tuning
-from gnlib.results import Estimate, by_method
+from gnlib.measures import BASELINES
+from gnlib.profiles import find_profile
+from gnlib.questions import NOT_INTERIOR, NOT_RUN, OUTDONE, Claim, Question, StepCost, first_batches, largest_batch
 from gnlib.stateless import tokens_to_final_loss
-from gnlib.studies import STUDIES, complete_settings, study_runs
-from gnlib.study import of_one_text
-from gnlib.variants import Setting, find_setting, key, tunable
+from gnlib.studies import STUDIES
+from gnlib.variants import find_setting
 
-NOT_RUN, UNDECIDED = "not run", "undecided"
-NOT_INTERIOR, OUTDONE = "†", "‡"
 FOOTNOTES = {
     NOT_INTERIOR: "a method's setting in the row lies at the edge of what was tried, or is not tuned by itself",
     OUTDONE: "a better setting of one of its methods was found since, on the tuning data order; its runs are missing",
 }
-
-
-@dataclass(frozen=True)
-class Claim:
-    claim: str
-    paper: str
-    """The paper's figure."""
-    ours: str | None
-    """Mean and 95 % interval over seeds; None without records."""
-    n: int
-    """Seeds."""
-    unit: str
-    holds: bool | str
-    """Whether our figure is within the bound of the claim's text; `not run` without records, `undecided` where they
-    give no figure, or a lower bound that could still end on either side."""
-
-    @property
-    def verdict(self) -> str:
-        return self.holds if isinstance(self.holds, str) else ("yes" if self.holds else "NO")
-
-
-def every(settings: Sequence[Setting], complete: Collection[Setting]) -> list[Setting]:
-    """All settings decide."""
-    return list(settings)
-
-
-def largest_batch(settings: Sequence[Setting], complete: Collection[Setting]) -> list[Setting]:
-    """The claim is about the largest batch alone."""
-    most = max(setting.batch or 0 for setting in settings)
-    return [setting for setting in settings if (setting.batch or 0) == most]
-
-
-def first_batches(settings: Sequence[Setting], complete: Collection[Setting]) -> list[Setting]:
-    """Of each method the batches up to the first whose runs are missing: where scaling first fails does not depend on
-    larger ones, and where it does not fail yet, that is a bound."""
-    chosen = []
-    for name in dict.fromkeys(setting.name for setting in settings):
-        smallest, *larger = sorted((s for s in settings if s.name == name), key=lambda setting: setting.batch or 0)
-        chosen += [smallest, *takewhile(complete.__contains__, larger)]
-    return chosen
-
-
-@dataclass(frozen=True)
-class Question:
-    """A claim before it is answered."""
-
-    claim: str
-    paper: str
-    unit: str
-    study: str
-    methods: tuple[str, ...] = ()
-    """The study's methods and variants that it is about."""
-    measure: Measure | None = None
-    at_least: float | None = None
-    at_most: float | None = None
-    decided_by: Callable[[Sequence[Setting], Collection[Setting]], list[Setting]] = every
-    """Which of their settings need all of their runs, of all and of the complete ones."""
-
-    def answer(self, profile: str, seeds: Sequence[int] | None, fresh: bool) -> Claim:
-        unanswered = Claim(self.claim, self.paper, None, 0, self.unit, NOT_RUN)
-        if self.measure is None:
-            return unanswered
-        complete = complete_settings(self.study, profile, seeds, self.methods, fresh)
-        settings = dict.fromkeys(run.setting for run in study_runs(self.study, profile, seeds, self.methods))
-        decisive = self.decided_by(list(settings), complete)
-        if not complete.keys() >= set(decisive):
-            return unanswered
-        records = [record for setting in decisive for record in complete[setting]]
-        of_one_text(records, f"{self.study}, profile {profile}")
-        found = self.measure(by_method(records), find_profile(profile).target)
-        borrowed = any(tunable(setting) != setting for setting in decisive)
-        marks = _marks([tuning(profile, name) for name in {key(profile, s) for s in decisive}], borrowed)
-        ours = f"{found} {marks}".rstrip()
-        return Claim(self.claim, self.paper, ours, found.n, self.unit, self._holds(found))
-
-    def _holds(self, found: Estimate) -> bool | str:
-        if math.isnan(found.mean):
-            return UNDECIDED
-        if self.at_least is not None and found.mean < self.at_least:
-            return UNDECIDED if found.censored else False  # the figure may be larger than its lower bound
-        if self.at_most is not None and found.mean <= self.at_most and found.censored:
-            return UNDECIDED
-        return self.at_most is None or found.mean <= self.at_most
-
-
-def _marks(entries: Sequence[dict[str, Any]], borrowed: bool) -> str:
-    """What has to be said of the tuning behind a row, from entries of tuned.json; `borrowed` if a variant runs with the
-    settings of its method."""
-    outdone = any(entry["settings"].items() - entry["trials"][0].items() for entry in entries if "trials" in entry)
-    rough = borrowed or not all(entry.get("interior") for entry in entries)
-    return (NOT_INTERIOR if rough else "") + (OUTDONE if outdone else "")
-
-
-class StepCost(Question):
-    """Answered by `gnlib bench`, from the size at which Gauss-Newton's ratio is largest."""
-
-    def answer(self, profile: str, seeds: Sequence[int] | None, fresh: bool) -> Claim:
-        rows = [row for row in bench.shipped(profile) if row["method"] == "gn"]
-        if not rows:
-            return Claim(self.claim, self.paper, None, 0, self.unit, NOT_RUN)
-        row = max(rows, key=lambda row: row["ratio_to_standard"])
-        found = Estimate(row["ratio_to_standard"], None, row["n"])
-        ours = f"{found} ({row['size']}, {row['precision']})"
-        return Claim(self.claim, self.paper, ours, found.n, self.unit, self._holds(found))
 
 
 def _steps_claim(

@@ -12,22 +12,13 @@ from test_results import made
 
 from gnlib import bench
 from gnlib import record as records
-from gnlib.claims import (
-    NOT_RUN,
-    QUESTIONS,
-    UNDECIDED,
-    Claim,
-    Question,
-    as_json,
-    as_markdown,
-    as_text,
-    claims,
-    first_batches,
-)
-from gnlib.config import ConfigError
+from gnlib.claims import QUESTIONS, as_json, as_markdown, as_text, claims
+from gnlib.config import ConfigError, RunConfig
 from gnlib.measures import early_lead
 from gnlib.methods import METHODS, method_of
 from gnlib.profiles import find_profile
+from gnlib.questions import NOT_RUN, UNDECIDED, Claim, Question, first_batches
+from gnlib.record import Record
 from gnlib.results import Estimate, by_method
 from gnlib.studies import study_configs, study_runs
 from gnlib.study import StudyError
@@ -120,14 +111,18 @@ def test_a_claim_with_a_record_missing_or_unfinished_is_not_run_and_others_are(h
     assert {row.holds for row in claims("tiny", seeds=SEEDS)} == {NOT_RUN}
 
 
+def ship_as(home: Path, config: RunConfig, record: Record) -> None:
+    """The record as that of this run."""
+    record.config = config
+    records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+
+
 def ship_batches(home: Path, study: str, steps: dict[str, tuple[int, ...]]) -> None:
     """One data order of some methods at the batches of tiny, smallest first, reaching the target at these steps."""
     batches = find_profile("tiny").batches
     for setting, config in study_runs(study, "tiny", [1], list(steps)):
         if (index := batches.index(setting.batch or 0)) < len(steps[setting.name]):
-            record = made(setting.name, reaching(steps[setting.name][index]), 1)
-            record.config = config
-            records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+            ship_as(home, config, made(setting.name, reaching(steps[setting.name][index]), 1))
 
 
 def test_a_critical_batch_needs_no_records_beyond_the_batch_where_scaling_fails(home: Path) -> None:
@@ -177,27 +172,21 @@ RATIOS = {  # claim -> figure; marked where a variant runs with its method's set
 def test_each_claim_on_steps_is_over_the_method_that_it_names(words: str, home: Path) -> None:
     for study, steps in SHIPPED.items():
         for setting, config in study_runs(study, "tiny", [1], list(steps)):
-            record = made(setting.base, reaching(steps[setting.name]), 1)
-            record.config = config
-            records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+            ship_as(home, config, made(setting.base, reaching(steps[setting.name]), 1))
     assert about(claims("tiny", seeds=[1]), words).ours == RATIOS[words]
 
 
 def test_a_variant_with_the_settings_of_its_method_is_marked_even_where_these_are_interior(home: Path) -> None:
     ship(home)  # all methods are interior there
     for setting, config in study_runs("line_search", "tiny", [1], ["gauss_newton", "cold_start"]):
-        record = made("gauss_newton", reaching(2 if setting.name == "gauss_newton" else 5), 1)
-        record.config = config
-        records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+        ship_as(home, config, made("gauss_newton", reaching(2 if setting.name == "gauss_newton" else 5), 1))
     assert about(claims("tiny", seeds=[1]), "Warm start").ours == "2.50 †"
 
 
 def test_stateless_methods_are_counted_in_tokens_to_adamws_final_loss(home: Path) -> None:
     curves = {"adamw": [5.0, 4.5, 4.4, 4.0], "sinkgd": [5.0, 4.0, 3.9, 3.8], "swan": [5.0, 4.5, 4.0, 3.9]}
     for setting, config in study_runs("stateless", "tiny", [1], list(curves)):
-        record = made(setting.name, curves[setting.name], 1)
-        record.config = config
-        records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+        ship_as(home, config, made(setting.name, curves[setting.name], 1))
     rows = claims("tiny", seeds=[1])
     assert [(about(rows, name).ours, about(rows, name).holds) for name in ("SinkGD", "SWAN")] == [
         ("0.33 †", True),
@@ -208,10 +197,8 @@ def test_stateless_methods_are_counted_in_tokens_to_adamws_final_loss(home: Path
 @pytest.mark.parametrize("loss", [None, 9.0])
 def test_tokens_to_the_final_loss_of_a_run_that_diverged_are_no_figure(loss: float | None, home: Path) -> None:
     for setting, config in study_runs("stateless", "tiny", [1], ["adamw", "sinkgd"]):
-        diverged = setting.name == "adamw"
-        record = made(setting.name, [5.0, loss if diverged else 4.0], 1, "diverged" if diverged else "finished")
-        record.config = config
-        records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+        end, status = (loss, "diverged") if setting.name == "adamw" else (4.0, "finished")
+        ship_as(home, config, made(setting.name, [5.0, end], 1, status))
     assert about(claims("tiny", seeds=[1]), "SinkGD").holds == UNDECIDED
 
 
@@ -230,9 +217,7 @@ def test_the_claim_at_a_fixed_budget_needs_the_largest_batch_alone(home: Path) -
     largest = find_profile("tiny").batches[-1]
     for setting, config in study_runs("fixed_budget", "tiny", [1]):
         if setting.batch == largest:
-            record = made(setting.name, [5.0, 3.0 if setting.is_gauss_newton else 4.0], 1)
-            record.config = config
-            records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", record)
+            ship_as(home, config, made(setting.name, [5.0, 3.0 if setting.is_gauss_newton else 4.0], 1))
     answer = about(claims("tiny", seeds=[1]), "fixed token budget")
     assert answer.holds is True and answer.ours is not None and answer.ours.startswith("1.00")
 
