@@ -24,8 +24,8 @@ from gnlib.methods import METHODS, MORE_METHODS
 from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import PROFILES, find_profile, run_config, tuning
-from gnlib.studies import study_configs, tuned_settings
-from gnlib.study import StudyError, describe, expected, find, run_study, show_row
+from gnlib.studies import STUDIES, study_configs, tuned_settings
+from gnlib.study import StudyError, UnfinishedError, check_arguments, describe, expected, find, run_study, show_row
 from gnlib.sweep import sweep as sweep_studies
 from gnlib.train import check, pinned, run_folder
 from gnlib.train import train as train_run
@@ -35,13 +35,16 @@ from gnlib.variants import VARIANTS, find_setting, key
 
 app = tyro.extras.SubcommandApp()
 Name = Annotated[str, tyro.conf.Positional]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # no --no-... beside it
+UNFINISHED = 3  # exit code of a sweep that its --minutes ended, for scripts that call it again
 
 
 @app.command
 def profiles() -> None:
-    """List the profiles, the methods and the optimisers with their sources."""
+    """List the profiles, the studies, the methods and the optimisers with their sources."""
     for profile in PROFILES.values():
         print(f"{profile.name:12} {profile.summary}")
+    print("studies:    ", ", ".join(STUDIES))
     print("methods:    ", ", ".join(METHODS))
     print("variants:   ", ", ".join(VARIANTS))
     print("by name too:", ", ".join(MORE_METHODS))
@@ -52,7 +55,11 @@ def profiles() -> None:
 
 @app.command
 def prepare(profile: str = "laptop") -> None:
-    """Tokenise the profile's text, so that runs find it ready."""
+    """Tokenise the profile's text, so that runs find it ready.
+
+    Args:
+        profile: A name listed by `gnlib profiles`.
+    """
     files = prepare_data(run_config(profile, "adamw").data)
     print(f"{files.sequences('train')} training and {files.sequences('validation')} validation sequences")
     print(f"of {files.sequence_length} tokens in {files.folder} (fingerprint {files.fingerprint})")
@@ -65,8 +72,8 @@ def train(
     seed: int = 0,
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     config: Path | None = None,
-    keep_weights: bool = False,
-    quiet: bool = False,
+    keep_weights: Flag = False,
+    quiet: Flag = False,
 ) -> None:
     """Run one configuration to its end, or continue it.
 
@@ -101,6 +108,7 @@ def evaluate(run: Name, text: Name, documents: int | None = None, json: Path | N
         documents: Only so many, from the start; needed for c4.
         json: Where to write the figures as an object.
     """
+    _writable(json)
     found = heldout(run, text, documents)
     print(f"{found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte: {text}")
     print(f"{found.documents:,} documents, {found.tokens:,} tokens")
@@ -116,14 +124,14 @@ def study(
     seeds: tuple[int, ...] = (),
     methods: tuple[str, ...] = (),
     jobs: int | None = None,
-    fresh: bool = False,
-    dry_run: bool = False,
+    fresh: Flag = False,
+    dry_run: Flag = False,
     executor: str | None = None,
 ) -> None:
     """Run what is missing of a study.
 
     Args:
-        name: A study, such as iteration_complexity.
+        name: A study listed by `gnlib profiles`.
         profile: A name listed by `gnlib profiles`.
         seeds: Data orders; the profile's own by default.
         methods: Only these methods or variants, of those listed by `gnlib profiles`; the study's own by default.
@@ -132,6 +140,7 @@ def study(
         dry_run: Only say what exists, what is missing and what it would cost.
         executor: processes, or inline for one after the other in this process.
     """
+    check_arguments(jobs, executor)  # in a dry run too
     configs = study_configs(name, profile, seeds, methods)
     records = find(configs, profile, fresh)
     missing = [config for config, record in zip(configs, records, strict=True) if record is None]
@@ -160,13 +169,13 @@ def sweep(
     """Tune what studies need and run their data orders, all settings side by side, on every core or GPU.
 
     Args:
-        names: Studies, such as critical_batch_size.
+        names: Studies listed by `gnlib profiles`.
         profile: A name listed by `gnlib profiles`.
         seeds: Data orders; the profile's own by default.
         methods: Only these methods or variants, of those listed by `gnlib profiles`; the studies' own by default.
         batches: Only these outer batches, sequences; the studies' own by default.
         jobs: Runs at a time; one per core or GPU by default.
-        minutes: Stop after so many; the same command continues.
+        minutes: Stop after so many, with exit code 3 if something is left; the same command continues.
         tune: Tune what is not interior yet, before its data orders run.
     """
     sweep_studies(names, profile, jobs, minutes, methods, seeds, batches, tune)
@@ -177,20 +186,20 @@ def tune(
     profile: str = "laptop",
     methods: tuple[str, ...] = tuple(METHODS),
     batch: int | None = None,
-    budget: bool = False,
+    budget: Flag = False,
     study: str | None = None,
     jobs: int | None = None,
-    no_run: bool = False,
-    dry_run: bool = False,
+    no_run: Flag = False,
+    dry_run: Flag = False,
 ) -> None:
     """Tune methods until each optimum is interior to its grid, and write the profile's tuned.json.
 
     Args:
         profile: A name listed by `gnlib profiles`.
-        methods: Names listed by `gnlib profiles`; all methods by default.
+        methods: Names listed by `gnlib profiles`; the paper's six by default.
         batch: Sequences of the outer batch; the profile's own by default.
         budget: For the loss at the profile's token budget, not for steps to its target.
-        study: All that this study needs, instead of methods, batch and budget.
+        study: All that a study listed by `gnlib profiles` needs, instead of methods, batch and budget.
         jobs: Runs at a time; one per core or GPU by default.
         no_run: Only read the records there are.
         dry_run: Only print a command for each, to be run apart, and whether tuned.json has it.
@@ -215,7 +224,7 @@ def compare(
     seeds: tuple[int, ...] = (),
     batches: tuple[int, ...] = (),
     trials: int = comparing.TRIALS,
-    fresh: bool = False,
+    fresh: Flag = False,
     jobs: int | None = None,
 ) -> None:
     """Tune an optimiser of your own and compare it with Gauss-Newton and the best baseline, with a figure.
@@ -240,10 +249,10 @@ def compare(
 @app.command
 def claims(
     profile: str = "laptop",
-    fresh: bool = False,
+    fresh: Flag = False,
     seeds: tuple[int, ...] = (),
     study: str | None = None,
-    json: bool = False,
+    json: Flag = False,
 ) -> None:
     """Compare the paper's claims with the records, row by row.
 
@@ -251,8 +260,9 @@ def claims(
         profile: A name listed by `gnlib profiles`.
         fresh: Only records of data/runs, not the shipped ones.
         seeds: Data orders; the profile's own by default.
-        study: Only the claims of one study, such as iteration_complexity.
-        json: A list of objects {claim, paper, ours, n, unit, holds}.
+        study: Only the claims of one study of `gnlib profiles`.
+        json: A list of objects {claim, paper, ours, n, unit, holds, mean, half_width, is_lower_bound, at_least,
+            at_most, marks}.
     """
     rows = claim_rows.claims(profile, fresh, seeds or None, study)
     print(_dumps(claim_rows.as_json(rows)) if json else claim_rows.as_text(rows))
@@ -260,7 +270,11 @@ def claims(
 
 @app.command
 def export(profile: str = "laptop") -> None:
-    """Copy the ended records of the profile's studies and tuning from data/runs to data/records, with a manifest."""
+    """Copy the ended records of the profile's studies and tuning from data/runs to data/records, with a manifest.
+
+    Args:
+        profile: A name listed by `gnlib profiles`.
+    """
     print(f"{exports.export(profile)} records in {exports.records_folder(profile)}")
 
 
@@ -296,8 +310,15 @@ def bench(
         json: Where to write the rows as a list of objects.
     """
     chosen = precision or (("bf16",) if torch.cuda.is_available() else ("fp32",))
-    print(benchmark.as_text(None))
-    rows = benchmark.bench(size, chosen, methods, steps, compile, lambda row: print(benchmark.as_text(row), flush=True))
+    _writable(json)
+    shown: list[None] = []
+
+    def show(row: dict[str, object]) -> None:
+        lines = [row] if shown else [None, row]  # the heading first, once the arguments are known to be sound
+        shown.append(None)
+        print(*map(benchmark.as_text, lines), sep="\n", flush=True)
+
+    rows = benchmark.bench(size, chosen, methods, steps, compile, show)
     if json:
         with replacing(json) as temporary:
             temporary.write_text(_dumps(rows) + "\n")
@@ -305,12 +326,18 @@ def bench(
 
 def _assignment(text: str, option: str = "--set") -> tuple[str, object]:
     field, equals, value = text.partition("=")
-    if not equals:
+    if not (field and equals):
         raise ConfigError(f"{option} {text}: expected field=value")
     try:
         return field, json.loads(value)
     except json.JSONDecodeError:
         return field, value  # a bare word
+
+
+def _writable(path: Path | None) -> None:
+    """ConfigError, before the work, where its result could not be written."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"json: no folder {path.absolute().parent}")
 
 
 def _dumps(tree: object) -> str:
@@ -326,6 +353,9 @@ def main() -> None:
     except BrokenPipeError:  # `gnlib ... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except UnfinishedError as error:
+        print(f"gnlib: time is up; {error}; the same command continues", file=sys.stderr)
+        sys.exit(UNFINISHED)
     except (ConfigError, StudyError, OSError) as error:
         print(f"gnlib: {error}", file=sys.stderr)
         sys.exit(2)

@@ -81,8 +81,12 @@ def compare(
     start = start_of(path, profile, kwargs or {})
     sizes = sorted(set(batches or _sizes(profile)), reverse=True)
     seeds = list(dict.fromkeys(seeds or find_profile(profile).seeds[:1]))
-    if trials < 1 or sizes[-1] < 1:
-        raise ConfigError(f"trials: {trials}, batches: {sizes}; at least 1")
+    if trials < 1:
+        raise ConfigError(f"trials: {trials}; at least 1")
+    if sizes[-1] < 1:
+        raise ConfigError(f"batches: {sizes[-1]}; at least 1 sequence")
+    if SEED in seeds:
+        raise ConfigError(f"seeds: {SEED} is the data order of tuning; allowed: any other")
     for size in sizes:
         _try_out(_config(profile, scaled(start, size), SEED), path)
     command = f"gnlib compare {path} --profile {profile}"

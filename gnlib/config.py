@@ -7,11 +7,12 @@ losses bit for bit on CPU. Every field has its unit below it. Ready-made configu
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -166,7 +167,7 @@ class EvaluationConfig(Section):
     """Validation sequences, the first ones of the held-out file, the same for every run."""
     average: float = Field(0.0, ge=0, lt=1)
     """Bias-corrected average of the parameters over outer steps that is evaluated; 0 evaluates the parameters."""
-    stop_below: float | None = None
+    stop_below: float | None = Field(None, gt=0)
     """End the run at the first validation loss that is not above this, nats per token; None runs all outer steps."""
 
 
@@ -273,7 +274,7 @@ def _set(tree: dict[str, Any], name: str, value: Any) -> None:
         if key in node and node[key] is None:  # an absent section, e.g. method.line_search
             node[key] = {}
         if not isinstance(node.get(key), dict):
-            raise ConfigError(f"{name}: no such field; allowed in the configuration: {', '.join(node)}")
+            raise ConfigError(f"{name}: no such field; {_near(name)}")
         node = node[key]
     node[leaf] = copy.deepcopy(value)  # the next change may go inside it, and it belongs to the caller
 
@@ -283,6 +284,28 @@ def _digest(tree: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
+def _near(field: str) -> str:
+    """What may have been meant: fields of that name elsewhere or of a similar one, else those of its section."""
+    names = _names(RunConfig)
+    section, _, leaf = field.rpartition(".")
+    same = [name for name in names if name.rpartition(".")[2] == leaf]
+    if near := same or difflib.get_close_matches(field, names):
+        return f"near: {', '.join(near)}"
+    inside = [name for name in names if name.rpartition(".")[0] == section]
+    top = dict.fromkeys(name.partition(".")[0] for name in names)
+    return f"allowed: {', '.join(inside if section and inside else top)}"
+
+
+def _names(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted fields."""
+    found = []
+    for name, field in section.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        found += _names(inner[0], f"{prefix}{name}.") if inner else [prefix + name]
+    return found
+
+
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
@@ -290,5 +313,5 @@ def _one_line(error: ValidationError) -> str:
         return str(cause)
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{field}: no such field"
+        return f"{field}: no such field; {_near(field)}"
     return f"{field}: {first['msg']} (got {first['input']!r})"

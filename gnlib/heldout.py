@@ -57,12 +57,16 @@ def heldout(run: str, source: str, documents: int | None = None, device: torch.d
     config = record.config
     if config.evaluation.average:
         raise ConfigError("run: its losses are those of averaged parameters (evaluation.average), which are not kept")
-    tokens, size, count = _tokens(prepare(config.data), source, documents)
+    try:
+        tokens, size, count = _tokens(prepare(config.data), source, documents)
+    except ConfigError as error:  # here it is an argument, not a field
+        raise ConfigError(str(error).replace("data.source:", "text:", 1)) from None
     length = config.data.sequence_length
     sequences = (len(tokens) - 1) // length
     if sequences < 1:
         raise ConfigError(f"text: {source} gives {len(tokens)} tokens, one sequence needs {length + 1}")
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][:sequences]
+    torch.set_num_threads(config.compute.threads)  # as training does
     model = Decoder.from_config(config).to(device)
     model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, map_location=device))
     loss = _mean_loss(model, windows, config, device)

@@ -31,10 +31,16 @@ def step_ratio(method: str, reference: str = "gauss_newton") -> Measure:
 
 
 def best_baseline_ratio(groups: Groups, target: float) -> Estimate:
-    """Steps to target of the baseline that is fastest on average, over Gauss-Newton's; a diverged one is never it."""
-    sound = [name for name in BASELINES if all(r.status == "finished" for r in _named(groups, name))]
+    """Steps to target of the baseline that is fastest on average, over Gauss-Newton's; none that diverged above the
+    target."""
+    sound = [name for name in BASELINES if not any(_failed(r, target) for r in _named(groups, name))]
     ratios = [step_ratio(name)(groups, target) for name in sound] or [Estimate(math.nan, None, 0)]
     return min(ratios, key=lambda r: math.inf if math.isnan(r.mean) else r.mean)
+
+
+def _failed(record: Record, target: float) -> bool:
+    """Diverged before it was there: the steps that it had say nothing."""
+    return record.status != "finished" and crossing(record, target).censored
 
 
 def early_lead(groups: Groups, target: float) -> Estimate:

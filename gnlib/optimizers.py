@@ -193,6 +193,7 @@ def _muon(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]
 
 
 def _soap(matrices: Named, others: Named, inner: InnerConfig) -> list[Optimizer]:
+    """As published, its first step moves nothing: it only starts the preconditioner."""
     from pytorch_optimizer import SOAP  # 1.5 s to import
 
     return _on_all(SOAP)(matrices, others, inner)

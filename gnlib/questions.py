@@ -17,6 +17,7 @@ from gnlib.profiles import find_profile, tuning
 from gnlib.results import Estimate, by_method
 from gnlib.studies import complete_settings, study_runs
 from gnlib.study import of_one_text
+from gnlib.tune import SEED
 from gnlib.variants import Setting, key, tunable
 
 NOT_RUN, UNDECIDED = "not run", "undecided"
@@ -34,8 +35,13 @@ class Claim:
     """Seeds."""
     unit: str
     holds: bool | str
-    """Whether our figure is within the bound of the claim's text; `not run` without records, `undecided` where they
-    give no figure, or a lower bound that could still end on either side."""
+    """Whether our figure is within the bound of the claim's text, with all of its interval (true) or with none of it
+    (false); else `undecided`, as without a figure; `not run` without records."""
+    found: Estimate | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    marks: str = ""
+    """Of `claims.FOOTNOTES`."""
 
     @property
     def verdict(self) -> str:
@@ -78,6 +84,8 @@ class Question:
     at_most: float | None = None
     decided_by: Callable[[Sequence[Setting], Collection[Setting]], list[Setting]] = every
     """Which of their settings need all of their runs, of all and of the complete ones."""
+    also_in: str = ""
+    """Another study that has the same runs, whose notebook shows it too."""
 
     def answer(self, profile: str, seeds: Sequence[int] | None, fresh: bool) -> Claim:
         unanswered = Claim(self.claim, self.paper, None, 0, self.unit, NOT_RUN)
@@ -91,26 +99,34 @@ class Question:
         records = [record for setting in decisive for record in complete[setting]]
         of_one_text(records, f"{self.study}, profile {profile}")
         found = self.measure(by_method(records), find_profile(profile).target)
+        of_tuning = any(record.config.seed == SEED for record in records)
         borrowed = any(tunable(setting) != setting for setting in decisive)
-        marks = _marks([tuning(profile, name) for name in {key(profile, s) for s in decisive}], borrowed)
-        ours = f"{found} {marks}".rstrip()
-        return Claim(self.claim, self.paper, ours, found.n, self.unit, self._holds(found))
+        marks = _marks([tuning(profile, name) for name in {key(profile, s) for s in decisive}], borrowed or of_tuning)
+        return self._answered(found, f"{found} {marks}".rstrip(), marks)
+
+    def _answered(self, found: Estimate, ours: str, marks: str = "") -> Claim:
+        bounds = self.at_least, self.at_most
+        return Claim(self.claim, self.paper, ours, found.n, self.unit, self._holds(found), found, *bounds, marks)
 
     def _holds(self, found: Estimate) -> bool | str:
         if math.isnan(found.mean):
             return UNDECIDED
-        if self.at_least is not None and found.mean < self.at_least:
-            return UNDECIDED if found.censored else False  # the figure may be larger than its lower bound
-        if self.at_most is not None and found.mean <= self.at_most and found.censored:
-            return UNDECIDED
-        return self.at_most is None or found.mean <= self.at_most
+        spread = found.half_width or 0.0
+        low, high = found.mean - spread, found.mean + spread
+        if found.censored:  # a lower bound
+            low, high = found.mean, math.inf
+        least = -math.inf if self.at_least is None else self.at_least
+        most = math.inf if self.at_most is None else self.at_most
+        if high < least or low > most:
+            return False
+        return True if least <= low and high <= most else UNDECIDED
 
 
-def _marks(entries: Sequence[dict[str, Any]], borrowed: bool) -> str:
-    """What has to be said of the tuning behind a row, from entries of tuned.json; `borrowed` if a variant runs with the
-    settings of its method."""
+def _marks(entries: Sequence[dict[str, Any]], rough: bool) -> str:
+    """What has to be said of the tuning behind a row, from entries of tuned.json; `rough` if a variant runs with the
+    settings of its method, or a run is of the data order that they were tuned on."""
     outdone = any(entry["settings"].items() - entry["trials"][0].items() for entry in entries if "trials" in entry)
-    rough = borrowed or not all(entry.get("interior") for entry in entries)
+    rough = rough or not all(entry.get("interior") for entry in entries)
     return (NOT_INTERIOR if rough else "") + (OUTDONE if outdone else "")
 
 
@@ -123,5 +139,4 @@ class StepCost(Question):
             return Claim(self.claim, self.paper, None, 0, self.unit, NOT_RUN)
         row = max(rows, key=lambda row: row["ratio_to_standard"])
         found = Estimate(row["ratio_to_standard"], None, row["n"])
-        ours = f"{found} ({row['size']}, {row['precision']})"
-        return Claim(self.claim, self.paper, ours, found.n, self.unit, self._holds(found))
+        return self._answered(found, f"{found} ({row['size']}, {row['precision']})")

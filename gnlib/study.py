@@ -39,6 +39,10 @@ class StudyError(RuntimeError):
     """Runs that failed, or that are missing where nothing may be trained; one line a run."""
 
 
+class UnfinishedError(StudyError):
+    """Stopped when its time was over, or for Ctrl-C; the same command continues."""
+
+
 class Slots:
     """Places for runs of this machine, `count` at a time, which the threads of a sweep share."""
 
@@ -178,14 +182,26 @@ class _Job:
     bar: tqdm[None]
 
 
+def executor_named(name: str | None) -> Executor:
+    """Of EXECUTORS: the one named, else $GNLIB_EXECUTOR, else processes; ConfigError for another."""
+    name = name or os.environ.get("GNLIB_EXECUTOR", "processes")
+    if name not in EXECUTORS:
+        raise ConfigError(f"executor: no executor {name!r}; allowed: {', '.join(EXECUTORS)}")
+    return EXECUTORS[name]
+
+
+def check_arguments(jobs: int | None, executor: str | None) -> None:
+    """ConfigError for what `run_study` would refuse once it came to it."""
+    if jobs is not None:
+        Slots(jobs)
+    executor_named(executor)
+
+
 def execute(
     configs: Sequence[RunConfig], jobs: Jobs = None, keep_weights: bool = False, executor: str | None = None
 ) -> None:
-    """Run configurations by an executor of EXECUTORS: the one named, else $GNLIB_EXECUTOR, else processes."""
-    name = executor or os.environ.get("GNLIB_EXECUTOR", "processes")
-    if name not in EXECUTORS:
-        raise ConfigError(f"executor: no executor {name!r}; allowed: {', '.join(EXECUTORS)}")
-    EXECUTORS[name](configs, jobs, keep_weights)
+    """Run configurations by an executor (`executor_named`)."""
+    executor_named(executor)(configs, jobs, keep_weights)
 
 
 def run_inline(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) -> None:
@@ -204,7 +220,7 @@ def run_processes(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) 
     try:
         while waiting or running:
             if slots.closed:
-                raise StudyError(f"stopped with {len(waiting) + len(running)} to run; the same command continues")
+                raise UnfinishedError(f"stopped with {len(waiting) + len(running)} to run")
             while waiting and (slot := slots.take()) is not None:
                 running.append(_launched(slots, slot, waiting.pop(0), keep_weights))
             for job in running.copy():

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from gnlib.config import ConfigError
 from gnlib.profiles import tuning
 from gnlib.studies import STUDIES, study_runs
-from gnlib.study import Slots, StudyError, default_jobs, run_study
+from gnlib.study import Slots, StudyError, UnfinishedError, default_jobs, run_study
 from gnlib.train import pinned
 from gnlib.tune import told, tune
 from gnlib.variants import Setting, key, setting_config, tunable
@@ -35,9 +35,11 @@ def sweep(
 ) -> None:
     """Tune every setting of the studies until it is interior (if `tuned`), and run its data orders.
 
-    After `minutes`, what is under way is stopped and continues next time. StudyError, once all else has ended, with a
-    line for each chain that failed or was stopped.
+    After `minutes`, what is under way is stopped: UnfinishedError, which says what is left for the next time.
+    StudyError, once all else has ended, with a line for each chain that failed.
     """
+    if minutes is not None and not minutes > 0:
+        raise ConfigError(f"minutes: {minutes:g}; more than 0")
     if not names:
         raise ConfigError(f"study: name at least one; allowed: {', '.join(STUDIES)}")
     runs = [run for name in names for run in study_runs(name, profile, seeds, methods, batches)]
@@ -52,9 +54,11 @@ def sweep(
         with ThreadPoolExecutor(len(chains)) as threads, _stopping(slots, minutes):
             for name in sorted(chains, key=lambda name: name != tunable(chains[name][0]).base):  # bases first
                 swept.chains[name] = threads.submit(swept.follow, name, chains[name])
-            problems = _problems(swept.chains)
-    if problems:
-        raise StudyError("\n".join(problems))
+            failed, stopped = _problems(swept.chains)
+    if failed:
+        raise StudyError("\n".join(failed))
+    if stopped:
+        raise UnfinishedError(f"{len(stopped)} of {len(chains)} settings are left: {', '.join(stopped)}")
 
 
 @dataclass
@@ -108,12 +112,14 @@ def _stopping(slots: Slots, minutes: float | None) -> Iterator[None]:
             timer.cancel()
 
 
-def _problems(chains: Mapping[str, Future[None]]) -> list[str]:
-    """A line for each chain that failed, in the order of the chains; waits for all of them."""
-    found = []
+def _problems(chains: Mapping[str, Future[None]]) -> tuple[list[str], list[str]]:
+    """A line for each chain that failed and the names of those that were stopped; waits for all of them."""
+    failed, stopped = [], []
     for name, future in chains.items():
         try:
             future.result()
+        except UnfinishedError:
+            stopped.append(name)
         except (StudyError, ConfigError, OSError) as error:
-            found += [f"{name}: {line}" for line in str(error).splitlines()]
-    return found
+            failed += [f"{name}: {line}" for line in str(error).splitlines()]
+    return failed, stopped

@@ -227,6 +227,7 @@ def test_claims_may_be_those_of_one_study(home: Path) -> None:
     rows = claims("tiny", seeds=SEEDS, study="iteration_complexity")
     assert [row.claim for row in rows] == [q.claim for q in QUESTIONS if q.study == "iteration_complexity"]
     assert len(rows) >= 7 and NOT_RUN not in {row.holds for row in rows}
+    assert [row.claim[:9] for row in claims("tiny", seeds=SEEDS, study="layerwise")] == ["Layerwise", "A finer p"]
     with pytest.raises(ConfigError, match="no claims on 'iteration'; allowed: iteration_complexity, "):
         claims("tiny", study="iteration")
 
@@ -283,9 +284,15 @@ def test_fresh_claims_ignore_shipped_records(home: Path) -> None:
         ({"at_most": 1.6}, Estimate(math.nan, None, 1), UNDECIDED),
         ({"at_least": 1.0, "at_most": 2.0}, Estimate(1.5, None, 1), True),
         ({"at_least": 1.0, "at_most": 2.0}, Estimate(2.5, None, 1), False),
+        ({"at_least": 3.0}, Estimate(3.2, 0.1, 1), True),
+        ({"at_least": 3.0}, Estimate(3.2, 0.3, 1), UNDECIDED),  # the interval has the bound in it
+        ({"at_least": 3.0}, Estimate(2.8, 0.3, 1), UNDECIDED),
+        ({"at_least": 3.0}, Estimate(2.8, 0.1, 1), False),
+        ({"at_most": 1.0}, Estimate(0.94, 0.08, 1), UNDECIDED),
+        ({"at_most": 1.0}, Estimate(0.94, 0.05, 1), True),
     ],
 )
-def test_a_claim_holds_within_its_bounds_and_a_lower_bound_never_shows_at_most(
+def test_a_claim_holds_with_all_of_its_interval_in_the_bounds_and_a_lower_bound_never_shows_at_most(
     bounds: dict[str, float], found: Estimate, holds: bool | str, home: Path
 ) -> None:
     ship(home)
@@ -339,7 +346,13 @@ def test_json_has_exactly_the_documented_keys(home: Path) -> None:
     ship(home)
     tree = json.loads(json.dumps(as_json(claims("tiny", seeds=SEEDS)), allow_nan=False))
     assert len(tree) == len(QUESTIONS)
-    assert {tuple(row) for row in tree} == {("claim", "paper", "ours", "n", "unit", "holds")}
+    shown = ("claim", "paper", "ours", "n", "unit", "holds")
+    numbers = ("mean", "half_width", "is_lower_bound", "at_least", "at_most", "marks")
+    assert {tuple(row) for row in tree} == {(*shown, *numbers)}
+    soap, adamw = (next(row for row in tree if row["claim"].startswith(f"{name} needs")) for name in ("SOAP", "AdamW"))
+    assert [soap[name] for name in numbers] == [4.0, 0.0, False, 3.0, None, ""]
+    assert [adamw[name] for name in numbers] == [12.0, pytest.approx(0.0), True, 3.0, None, ""]
+    assert [tree[-1][name] for name in numbers] == [None, None, False, None, None, ""]
     assert {row["holds"] for row in tree} >= {True, NOT_RUN}
 
 

@@ -19,6 +19,7 @@ from gnlib.methods import METHODS
 from gnlib.profiles import PROFILES, run_config
 from gnlib.record import Record
 from gnlib.studies import STUDIES
+from gnlib.study import UnfinishedError
 from gnlib.variants import Setting
 
 COMMANDS = ("profiles", "prepare", "train", "study", "sweep", "tune", "compare", "claims", "export", "verify")
@@ -130,8 +131,14 @@ def test_an_unknown_method_after_a_known_one_is_refused_before_anything_is_tuned
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("method.inner.lrr=0.1", "method.inner.lrr: no such field"),
-        ("metod.inner.lr=0.1", "metod.inner.lr: no such field"),
+        ("method.inner.lrr=0.1", "method.inner.lrr: no such field; near: method.inner.lr, "),
+        ("metod.inner.lr=0.1", "metod.inner.lr: no such field; near: "),
+        ("precision=fp64", "precision: no such field; near: compute.precision\n"),
+        ("data.zzz=1", "data.zzz: no such field; allowed: data.source, data.tokenizer, "),
+        ("zzz=1", "zzz: no such field; allowed: model, data, "),
+        ("method.line_search.zzz=1", "method.line_search.zzz: no such field; near: method.line_search.zero, "),
+        ("=3", "--set =3: expected field=value"),
+        ("evaluation.stop_below=-1", "evaluation.stop_below: "),
         ("method.inner.lr=fast", "method.inner.lr: "),
         ("method.inner.lr=-1", "method.inner.lr: "),
         ("method.inner.steps=3", "outer_batch: 64 sequences must be a multiple of method.inner.steps 3"),
@@ -249,7 +256,8 @@ def test_claims_print_a_table_or_json(gnlib: Call, home: Path) -> None:
     code, out, err = gnlib("claims", "--profile", "tiny", "--json")
     rows = json.loads(out)
     assert (code, err) == (0, "")
-    assert {tuple(row) for row in rows} == {("claim", "paper", "ours", "n", "unit", "holds")}
+    numbers = ("mean", "half_width", "is_lower_bound", "at_least", "at_most", "marks")
+    assert {tuple(row) for row in rows} == {("claim", "paper", "ours", "n", "unit", "holds", *numbers)}
     assert {row["holds"] for row in rows} == {"not run"}
     code, out, err = gnlib("claims", "--profile", "tiny")
     assert (code, err) == (0, "") and out.splitlines()[0].split() == ["claim", "paper", "ours", "n", "holds"]
@@ -281,3 +289,41 @@ def test_python_m_gnlib_is_the_same_command(home: Path) -> None:
     bad = subprocess.run([*command, "claims", "--profile", "lapdog"], env=environment, capture_output=True, text=True)
     assert "'lapdog'" in refused((bad.returncode, bad.stdout, bad.stderr))
     assert not files(home)
+
+
+def test_a_sweep_whose_time_is_up_says_so_with_an_exit_code_of_its_own(
+    gnlib: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise UnfinishedError("2 of 7 settings are left: soap, muon")
+
+    monkeypatch.setattr(cli, "sweep_studies", stopped)
+    code, out, err = gnlib("sweep", "iteration_complexity", "--profile", "tiny")
+    assert (code, out) == (3, "")
+    assert err == "gnlib: time is up; 2 of 7 settings are left: soap, muon; the same command continues\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--jobs", "0"), "jobs: 0; at least 1"),
+        (("--executor", "slurm"), "executor: no executor 'slurm'; allowed: processes, inline"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(arguments: tuple[str, str], message: str, gnlib: Call, home: Path) -> None:
+    line = refused(gnlib("study", "iteration_complexity", "--profile", "tiny", "--dry-run", *arguments))
+    assert message in line and not files(home)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    gnlib: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(*_: Any, **__: Any) -> None:
+        pytest.fail("it began")
+
+    monkeypatch.setattr(cli.benchmark, "bench", no_work)
+    monkeypatch.setattr(cli, "heldout", no_work)
+    path = tmp_path / "nowhere" / "found.json"
+    for command in (("bench", "--size", "tiny"), ("evaluate", "run", "text.txt")):
+        assert f"json: no folder {path.parent}" in refused(gnlib(*command, "--json", str(path)))
+    assert not path.parent.exists()

@@ -108,7 +108,7 @@ def test_a_run_is_found_by_its_folder_too(trained: RunConfig, tmp_path: Path) ->
     ("run", "text", "documents", "message"),
     [
         ("nowhere", "other.jsonl", None, "no weights.pt"),
-        ("", "absent.jsonl", None, "no such file"),
+        ("", "absent.jsonl", None, "^text: .*absent.jsonl: no such file"),
         ("", "short.jsonl", None, "one sequence needs 17"),
         ("", "c4", None, "documents: c4"),
         ("", "other.jsonl", 0, "at least 1"),

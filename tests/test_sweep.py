@@ -17,7 +17,7 @@ from gnlib.config import ConfigError, RunConfig
 from gnlib.files import replacing
 from gnlib.record import Record
 from gnlib.studies import study_configs
-from gnlib.study import Slots, StudyError
+from gnlib.study import Slots, StudyError, UnfinishedError
 from gnlib.sweep import sweep
 from gnlib.variants import Setting, key, tunable
 
@@ -161,7 +161,7 @@ def test_a_sweep_stops_after_its_minutes_and_says_what_is_left(monkeypatch: pyte
     monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(study, "_spawn", lambda *_: Process())
     monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, allow_run: study.execute(configs, jobs))
-    with pytest.raises(StudyError, match="adamw: stopped with 2 to run; the same command continues"):
+    with pytest.raises(UnfinishedError, match=r"^1 of 1 settings are left: adamw$"):
         sweep(["iteration_complexity"], "tiny", jobs=2, minutes=0.005, tuned=False, methods=["adamw"], seeds=[1, 2])
     assert ended == ["terminated"] * 2 + ["waited for"] * 2
 
@@ -177,6 +177,25 @@ def test_the_time_of_a_sweep_is_given_in_minutes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sweeping, "Timer", timer)
     sweep(["iteration_complexity"], "tiny", methods=["adamw"], seeds=[1], minutes=1.5)
     assert seconds == [90.0]
+
+
+@pytest.mark.parametrize("minutes", [0.0, -5.0, float("nan")])
+def test_a_sweep_without_time_is_refused(minutes: float) -> None:
+    with pytest.raises(ConfigError, match=r"minutes: .*; more than 0"):
+        sweep(["iteration_complexity"], "tiny", minutes=minutes)
+
+
+def test_a_setting_that_failed_outweighs_one_that_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is an error, the second only needs another call."""
+
+    def run(configs: Sequence[RunConfig], *_: object, **__: object) -> None:
+        raise StudyError("it failed") if configs[0].method.inner.optimizer == "adamw" else UnfinishedError("stopped")
+
+    monkeypatch.setattr(sweeping, "run_study", run)
+    with pytest.raises(StudyError, match=r"^adamw: it failed$"):
+        sweep(["iteration_complexity"], "tiny", jobs=2, tuned=False, methods=["adamw", "soap"], seeds=[1])
+    with pytest.raises(UnfinishedError, match=r"^1 of 1 settings are left: soap$"):
+        sweep(["iteration_complexity"], "tiny", jobs=2, tuned=False, methods=["soap"], seeds=[1])
 
 
 def test_a_sweep_leaves_the_records_of_its_studies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,7 +193,7 @@ def test_what_was_tuned_for_a_setting_is_used_there_and_nowhere_else(home: Path)
 
 FIELDS = {  # in which a variant that is not tuned yet differs from its base
     "gauss_newton_no_search": {f"method.line_search.{name}" for name in ("candidates", "fraction", "zero")},
-    "matrixwise": {"method.blocks"},
+    "matrixwise": {"method.blocks", "method.line_search.candidates"},
     "constant_inner_cosine": {"method.inner.schedule"},
     "constant": {"method.inner.schedule", "outer_steps", "evaluation.stop_below"},
     "search_without_zero": {"method.line_search.zero"},
