@@ -241,6 +241,13 @@ def test_a_claim_on_a_method_whose_tuning_is_not_interior_is_marked(home: Path) 
     assert "†" in as_text(rows).splitlines()[-1]  # with a footnote
 
 
+def test_a_claim_from_the_data_order_of_tuning_is_marked(home: Path) -> None:
+    ship(home, seeds=(0, 1))
+    for seeds, mark in ((1,), ""), ((0,), " †"), ((0, 1), " †"):
+        found = about(claims("tiny", seeds=seeds), "SOAP needs").ours
+        assert found is not None and found.removeprefix("4.00 ± 0.00").removeprefix("4.00") == mark
+
+
 def test_a_claim_on_a_method_of_which_a_better_setting_was_found_since_is_marked(home: Path) -> None:
     ship(home)
     table, best = home / "data" / "records" / "tiny" / "tuned.json", {"method.inner.weight_decay": 0.1, "run": "b"}

@@ -64,6 +64,15 @@ def slow_loss(config: RunConfig, texts: list[str]) -> tuple[float, int, int]:
     return sum(losses) / len(losses), len(tokens), sum(len(text.encode()) for text in texts)
 
 
+def test_it_takes_as_many_threads_as_the_run_was_given(
+    trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    heldout(trained.run_id, str(jsonl(tmp_path / "other.jsonl", OTHER)), device=CPU)
+    assert asked == [trained.compute.threads]
+
+
 @pytest.mark.parametrize("documents", [None, 1])
 def test_the_loss_on_another_text_is_that_of_a_slow_loop_over_its_tokens(
     documents: int | None, trained: RunConfig, tmp_path: Path

@@ -167,3 +167,9 @@ def committed(profile: str, stem: str) -> str:
 
 def test_the_readme_table_is_that_of_the_shipped_records() -> None:
     assert readme.updated() == (home() / "README.md").read_text(encoding="utf-8"), "run: gnlib readme"
+
+
+def test_the_losses_on_another_text_are_those_of_shipped_runs() -> None:
+    folder = home() / "data" / "records" / "english-45m"
+    runs = json.loads((folder / "heldout.json").read_text())["runs"]
+    assert runs and all((folder / f"{run['run']}.jsonl").exists() for run in runs)
