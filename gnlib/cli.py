@@ -311,12 +311,10 @@ def bench(
     """
     chosen = precision or (("bf16",) if torch.cuda.is_available() else ("fp32",))
     _writable(json)
-    shown: list[None] = []
+    heading = iter([benchmark.as_text(None)])  # goes before the first row: an error has a line of its own
 
     def show(row: dict[str, object]) -> None:
-        lines = [row] if shown else [None, row]  # the heading first, once the arguments are known to be sound
-        shown.append(None)
-        print(*map(benchmark.as_text, lines), sep="\n", flush=True)
+        print(*heading, benchmark.as_text(row), sep="\n", flush=True)
 
     rows = benchmark.bench(size, chosen, methods, steps, compile, show)
     if json:

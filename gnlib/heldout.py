@@ -57,8 +57,9 @@ def heldout(run: str, source: str, documents: int | None = None, device: torch.d
     config = record.config
     if config.evaluation.average:
         raise ConfigError("run: its losses are those of averaged parameters (evaluation.average), which are not kept")
+    files = prepare(config.data)
     try:
-        tokens, size, count = _tokens(prepare(config.data), source, documents)
+        tokens, size, count = _tokens(files, source, documents)
     except ConfigError as error:  # here it is an argument, not a field
         raise ConfigError(str(error).replace("data.source:", "text:", 1)) from None
     length = config.data.sequence_length

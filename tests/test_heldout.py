@@ -64,6 +64,17 @@ def slow_loss(config: RunConfig, texts: list[str]) -> tuple[float, int, int]:
     return sum(losses) / len(losses), len(tokens), sum(len(text.encode()) for text in texts)
 
 
+def test_what_is_wrong_with_the_runs_own_text_is_not_said_of_the_other(
+    trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_: object) -> None:
+        raise ConfigError("data.source: gone")
+
+    monkeypatch.setattr("gnlib.heldout.prepare", gone)
+    with pytest.raises(ConfigError, match=r"^data\.source: gone$"):
+        heldout(trained.run_id, str(jsonl(tmp_path / "other.jsonl", OTHER)), device=CPU)
+
+
 def test_it_takes_as_many_threads_as_the_run_was_given(
     trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
