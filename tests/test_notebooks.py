@@ -169,6 +169,18 @@ def test_the_readme_table_is_that_of_the_shipped_records() -> None:
     assert readme.updated() == (home() / "README.md").read_text(encoding="utf-8"), "run: gnlib readme"
 
 
+@pytest.mark.parametrize("profile", ["h200", "laptop"])
+def test_what_the_readme_says_of_soap_without_its_first_step_is_that_of_the_shipped_records(profile: str) -> None:
+    """That step only starts the preconditioner: the loss after it is the start's."""
+    records = study_records("iteration_complexity", profile, methods=["gauss_newton", "soap"], allow_run=False)
+    groups, target = results.by_method(records), find_profile(profile).target
+    assert all(record.rows[0]["val_loss"] == record.rows[1]["val_loss"] for record in groups["SOAP"])
+    steps = {name: [results.crossing(record, target).steps for record in group] for name, group in groups.items()}
+    found = results.estimate([(soap - 1) / newton for soap, newton in zip(steps["SOAP"], steps["GN"], strict=True)])
+    text = " ".join((home() / "README.md").read_text(encoding="utf-8").split())
+    assert f"{found} ({profile})" in text and found.n == 3
+
+
 def test_the_losses_on_another_text_are_those_of_shipped_runs() -> None:
     folder = home() / "data" / "records" / "english-45m"
     runs = json.loads((folder / "heldout.json").read_text())["runs"]

@@ -9,7 +9,7 @@ import torch
 from oracles import assert_close, dense_jacobian, flatten
 from torch import Tensor
 
-from gnlib import plots_by_hand as by_hand
+from gnlib import by_hand, plots_by_hand
 from gnlib.blocks import partition
 from gnlib.config import LineSearchConfig
 from gnlib.objective import curvature_product
@@ -77,12 +77,12 @@ def test_every_figure_draws(curve: by_hand.Problem) -> None:
     matrices = {"a": decoder.gauss_newton(), "b": torch.zeros(len(decoder.theta), len(decoder.theta))}
     line = torch.linspace(0, 1, 3)
     for figure in (
-        by_hand.curve_figure(curve, {"start": theta, "minimum": theta + step}),
-        by_hand.contour_figure(curve, steps, theta),
-        by_hand.direction_figure(line, {"Gauss-Newton": line, "true loss": line}, {1.0: 0.3, 0.0: 0.5}),
-        by_hand.loss_figure({"Gauss-Newton": path}, 0.0),
-        by_hand.matrix_figure(matrices, decoder, partition(decoder.model, "layerwise")),
-        by_hand.spectrum_figure({"Gauss-Newton": line, "Newton": -line}),
+        plots_by_hand.curve_figure(curve, {"start": theta, "minimum": theta + step}),
+        plots_by_hand.contour_figure(curve, steps, theta),
+        plots_by_hand.direction_figure(line, {"Gauss-Newton": line, "true loss": line}, {1.0: 0.3, 0.0: 0.5}),
+        plots_by_hand.loss_figure({"Gauss-Newton": path}, 0.0),
+        plots_by_hand.matrix_figure(matrices, decoder, partition(decoder.model, "layerwise")),
+        plots_by_hand.spectrum_figure({"Gauss-Newton": line, "Newton": -line}),
     ):
         figure.canvas.draw()
 
@@ -91,7 +91,7 @@ def test_layers_are_outlined_at_their_sizes_on_the_diagonal() -> None:
     problem = by_hand.decoder_problem(0)
     G, layers = problem.gauss_newton(), partition(problem.model, "layerwise")
     parameters = dict(problem.model.named_parameters())
-    outlined = by_hand.matrix_figure({"G": G}, problem, layers).axes[0].patches
+    outlined = plots_by_hand.matrix_figure({"G": G}, problem, layers).axes[0].patches
     sizes = [sum(parameters[name].numel() for name in layer) for layer in layers]
     assert [patch.get_width() for patch in outlined] == sizes
     assert [patch.get_x() + 0.5 for patch in outlined] == [sum(sizes[:i]) for i in range(len(sizes))]
