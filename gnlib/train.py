@@ -47,8 +47,14 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def pinned(config: RunConfig) -> RunConfig:
-    """The configuration with its data prepared and their fingerprint filled in, which makes the run's name final."""
-    return config.replace({"data.fingerprint": prepare(config.data).fingerprint})
+    """The configuration with its data prepared and their fingerprint filled in, which makes the run's name final.
+
+    ConfigError if an outer batch is larger than the text: it would hold some sequences twice.
+    """
+    files = prepare(config.data)
+    if config.outer_batch > (most := files.sequences("train")):
+        raise ConfigError(f"outer_batch: {config.outer_batch} sequences; allowed: at most the text's {most}")
+    return config.replace({"data.fingerprint": files.fingerprint})
 
 
 def train(

@@ -232,6 +232,8 @@ def test_a_start_killed_before_its_weights_were_written_is_made_again(monkeypatc
 def test_data_that_do_not_fit_are_refused_before_anything_runs(home: Path) -> None:
     with pytest.raises(ConfigError, match="one sequence needs 1000001"):
         run(cold("adamw").replace({"data.sequence_length": 1_000_000}))
+    with pytest.raises(ConfigError, match=r"outer_batch: 1000000 sequences; allowed: at most the text's [0-9]+"):
+        run(cold("adamw").replace({"outer_batch": 1_000_000}))
     assert not (home / "data" / "runs").exists()
 
 
