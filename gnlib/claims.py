@@ -105,6 +105,16 @@ QUESTIONS = (
         decided_by=first_batches,
     ),
     Question(
+        "At the largest batch SOAP needs at least 5.4x the steps of GN",
+        "5.4",
+        "steps to target / GN's",
+        "critical_batch_size",
+        ("gauss_newton", "soap"),
+        measures.step_ratio("soap"),
+        at_least=5.4,
+        decided_by=largest_batch,
+    ),
+    Question(
         "At a fixed token budget and the largest batch GN ends at least 0.1 nats below every baseline",
         "about 1 (3.45 against > 4.4 for AdamW)",
         "nats below the best baseline",

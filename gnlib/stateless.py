@@ -47,7 +47,8 @@ def _tokens_ratio(runs: Sequence[Record], reference: Sequence[Record]) -> Estima
 
 
 def summary(records: Sequence[Record], reference: str = "adamw") -> pd.DataFrame:
-    """Per method: final loss, tokens to the reference's final loss as a share of its tokens, bytes of state."""
+    """Per method: final loss, tokens to the reference's final loss as a share of its tokens (`not run` where the records
+    have no reference), bytes of state."""
     import pandas as pd
 
     groups, name = by_method(records), find_method(reference).label
@@ -59,7 +60,7 @@ def summary(records: Sequence[Record], reference: str = "adamw") -> pd.DataFrame
         rows[label] = {
             "n": len(runs),
             "final loss": str(estimate([float("nan") if loss is None else loss for loss in finals])),
-            f"tokens to {name}'s final loss": str(_tokens_ratio(runs, groups[name])),
+            f"tokens to {name}'s final loss": str(_tokens_ratio(runs, groups[name])) if name in groups else "not run",
             "state (kB)": round(size / 1000, 1),
             "of the blocks' matrices": round(sum(kept[name] for name in hidden) / 1000, 1),
             "state / parameters": round(size / (BYTES * parameter_count(config)), 2),

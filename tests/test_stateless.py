@@ -55,6 +55,7 @@ def test_the_summary_has_a_row_a_method_with_its_state() -> None:
     assert list(table["state / parameters"]) == [2.0, 1.0, 0.0]
     assert list(table["of the blocks' matrices"]) == [2 * 16.4, 16.4, 0.0]  # 2 blocks of 4 x 16 x 16 + 2 x 16 x 32
     assert list(table["tokens to Adam's final loss"]) == ["1.00 ± 0.00"] * 3
+    assert list(summary(runs, reference="adamw")["tokens to AdamW's final loss"]) == ["not run"] * 3
 
 
 def test_step_times_are_a_table_of_methods_by_sizes() -> None:
