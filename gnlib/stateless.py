@@ -47,8 +47,10 @@ def _tokens_ratio(runs: Sequence[Record], reference: Sequence[Record]) -> Estima
 
 
 def summary(records: Sequence[Record], reference: str = "adamw") -> pd.DataFrame:
-    """Per method: final loss, tokens to the reference's final loss as a share of its tokens (`not run` where the records
-    have no reference), bytes of state."""
+    """Per method: final loss, tokens to the reference's final loss as a share of its tokens, bytes of state.
+
+    The tokens are `not run` where the records have no reference.
+    """
     import pandas as pd
 
     groups, name = by_method(records), find_method(reference).label
