@@ -160,7 +160,7 @@ PROFILES: dict[str, Profile] = {
             {"outer_steps": 48, "method.inner.warmup": 8, "compute.micro_batch": 256},
             target=4.1,
             most_steps=(12, 96),
-            longer={"adamw": 192},
+            longer={"adamw": 192, "soap": 128},
             batches=(256, 1024, 4096, 16384),
             budget=131072,
             methods={
