@@ -66,7 +66,8 @@ reproduce-all: setup ## the same for every study and notebook
 figures: setup ## draw every figure of PROFILE again from its records, by the notebooks, and print the claims; trains nothing
 	@mkdir -p $(EXECUTED)
 	@failed=; for notebook in notebooks/*.ipynb; do \
-		CI=true $(PAPERMILL) "$$notebook" "$(EXECUTED)/$${notebook##*/}" || failed="$$failed $${notebook##*/}"; done; \
+		case "$$notebook" in *10_*) own=laptop;; *12_*) own=h200;; *) own=$(PROFILE);; esac; \
+		CI=true $(PAPERMILL) -p profile $$own "$$notebook" "$(EXECUTED)/$${notebook##*/}" || failed="$$failed $${notebook##*/}"; done; \
 	$(GNLIB) claims --profile $(PROFILE); \
 	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ from gnlib.config import ConfigError, RunConfig
 from gnlib.files import replacing
 from gnlib.heldout import heldout
 from gnlib.methods import METHODS, MORE_METHODS
-from gnlib.optimizers import registry
+from gnlib.optimizers import registry, try_out
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import PROFILES, find_profile, run_config, tuning
 from gnlib.studies import STUDIES, study_configs, tuned_settings
@@ -87,8 +88,12 @@ def train(
         quiet: No progress bar.
     """
     changes = dict(_assignment(text) for text in set)
+    if config and (profile, method, seed) != ("laptop", "gauss_newton", 0):
+        raise ConfigError("config: it has profile, method and seed; change it by --set")
     chosen = RunConfig.load(config).replace(changes) if config else run_config(profile, method, seed, changes)
     check(chosen)
+    if "." in chosen.method.inner.optimizer:  # one's own
+        try_out(chosen.method.inner)
     chosen = pinned(chosen)  # what is wrong with the text is said before there is a bar
     with tqdm(total=chosen.outer_steps, desc=describe(chosen), unit="step", disable=quiet) as bar:
         record = train_run(chosen, on_row=lambda _, row: show_row(bar, row), keep_weights=keep_weights)
@@ -165,6 +170,7 @@ def sweep(
     jobs: int | None = None,
     minutes: float | None = None,
     tune: bool = True,
+    fresh: Flag = False,
 ) -> None:
     """Tune what studies need and run their data orders, all settings side by side, on every core or GPU.
 
@@ -177,8 +183,9 @@ def sweep(
         jobs: Runs at a time; one per core or GPU by default.
         minutes: Stop after so many, with exit code 3 if something is left; the same command continues.
         tune: Tune what is not interior yet, before its data orders run.
+        fresh: Run data orders that are only shipped, which may be of another text; shipped rates stay.
     """
-    sweep_studies(names, profile, jobs, minutes, methods, seeds, batches, tune)
+    sweep_studies(names, profile, jobs, minutes, methods, seeds, batches, tune, fresh)
 
 
 @app.command
@@ -334,8 +341,15 @@ def _assignment(text: str, option: str = "--set") -> tuple[str, object]:
 
 def _writable(path: Path | None) -> None:
     """ConfigError, before the work, where its result could not be written."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ConfigError(f"json: no folder {path.absolute().parent}")
+    if path is None:
+        return
+    if not path.name or path.is_dir():
+        raise ConfigError(f"json: {path} is a folder; a file's name is needed")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"json: no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"json: cannot write in {folder}")
 
 
 def _dumps(tree: object) -> str:
@@ -346,6 +360,7 @@ def main() -> None:
     """Entry point of the `gnlib` command."""
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # a user's own optimisers, as `python -m gnlib` finds them
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or a study would leave its runs behind
     try:
         app.cli(prog="gnlib", description="Full Gauss-Newton as the oracle for language-model optimisers.")
     except BrokenPipeError:  # `gnlib ... | head` has read enough

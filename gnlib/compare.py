@@ -16,12 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import data_folder, replacing
 from gnlib.methods import METHODS, Changes
-from gnlib.optimizers import Solver, imported
+from gnlib.optimizers import imported, source_hash, try_out
 from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
 from gnlib.results import by_method, crossing, curves, estimate, ratio
@@ -88,7 +86,7 @@ def compare(
     if SEED in seeds:
         raise ConfigError(f"seeds: {SEED} is the data order of tuning; allowed: any other")
     for size in sizes:
-        _try_out(_config(profile, scaled(start, size), SEED), path)
+        try_out(_config(profile, scaled(start, size), SEED).method.inner)
     command = f"gnlib compare {path} --profile {profile}"
     run = partial(run_study, profile=profile, fresh=fresh, allow_run=allow_run, jobs=jobs, command=command)
     searches: list[tuple[list[Axis], Trials]] = []
@@ -123,6 +121,7 @@ def start_of(path: str, profile: str, kwargs: Mapping[str, Any]) -> Changes:
     adamw = run_config(profile, "adamw", use_tuned=False)
     start = {
         "method.inner.optimizer": path,
+        "method.inner.source": source_hash(path),
         "method.inner.options": own,
         "outer_batch": adamw.outer_batch,
         "evaluation.every": adamw.evaluation.every,
@@ -167,20 +166,6 @@ def _walk(
 
 def _config(profile: str, changes: Changes, seed: int) -> RunConfig:
     return run_config(profile, "adamw", seed, changes, use_tuned=False)
-
-
-def _try_out(config: RunConfig, path: str) -> None:
-    """Two steps on a matrix and a vector, so that what cannot work is said before the first run."""
-    parameters = {name: torch.ones(shape, requires_grad=True) for name, shape in (("matrix", (4, 3)), ("vector", (3,)))}
-    try:
-        solver = Solver(parameters, {"matrix"}, config.method.inner)
-        for _ in range(2):
-            solver.step({name: torch.full_like(p, 0.1) for name, p in parameters.items()}, 1.0)
-    except ConfigError:
-        raise
-    except Exception as error:  # of the user's code: anything
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(f"{path}: a trial step failed with {type(error).__name__}: {reason}") from None
 
 
 def _references(profile: str, batch: int, seeds: Sequence[int], fresh: bool) -> tuple[list[Record], str]:
@@ -253,10 +238,21 @@ def notes(comparisons: Sequence[Comparison]) -> list[str]:
         texts = {r.config.data.fingerprint for r in [*comparison.records, *comparison.references]}
         if len(texts) > 1:
             lines.append("  the references were run on another text (of another Python version); see --fresh")
+        if any(record.status == "diverged" for record in comparison.records):
+            lines.append("  its runs diverged: their steps are no bound")
         if not comparison.references:
-            command = f"gnlib study {comparison.study} --profile {comparison.profile}"
-            lines.append(f"  the references are not run at this batch; run: {command}")
+            lines.append(f"  {_missing(comparison)}")
     return lines
+
+
+def _missing(comparison: Comparison) -> str:
+    """Why there are no references, and what runs them."""
+    batches = find_profile(comparison.profile).batches
+    if comparison.batch not in (*batches, _sizes(comparison.profile)[0]):
+        return f"no study has references at this batch; allowed: {', '.join(map(str, batches))} sequences"
+    seeds = " ".join(str(record.config.seed) for record in comparison.records)
+    command = f"gnlib study {comparison.study} --profile {comparison.profile} --seeds {seeds}"
+    return f"the references are not run at this batch and data order; run: {command}"
 
 
 def figure_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:

@@ -1,7 +1,8 @@
 """One frozen, validated object that describes a run completely.
 
 `RunConfig` round-trips through JSON and has a stable content hash, which names the run: the same hash gives the same
-losses bit for bit on CPU. Every field has its unit below it. Ready-made configurations are in `gnlib.profiles`.
+losses bit for bit on one CPU with one version of everything. Every field has its unit below it. Ready-made
+configurations are in `gnlib.profiles`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Text, tokenizer and the fixed-length sequences made from them."""
 
-    source: str = "docstrings"
+    source: str = Field("docstrings", min_length=1)
     """`docstrings` (CPython's own prose, no download), `c4` (allenai/c4 "en", streamed), `synthetic` (seeded tokens for
     tests), or the path of a .txt, .jsonl or .parquet file (each also .gz or .zst) or of a folder of such files."""
     tokenizer: str = "bpe"
@@ -97,6 +98,8 @@ class InnerConfig(Section):
 
     optimizer: str = "muon"
     """A name of `gnlib.optimizers.registry` or the import path of a torch.optim.Optimizer class."""
+    source: str | None = None
+    """Hash of the file of an optimiser class of your own, so that an edited one is another run; filled in."""
     lr: float = Field(0.02, gt=0)
     """Peak learning rate (for Muon: of the hidden matrices)."""
     adam_lr: float | None = Field(None, gt=0)

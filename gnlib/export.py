@@ -64,6 +64,8 @@ def verify() -> int:
             if listed.get(name) != present.get(name):
                 raise ConfigError(f"{manifest.parent / name}: {_fault(name, listed, present)}")
         intact += len(listed)
+    if not intact:
+        raise ConfigError(f"no records under {home() / 'data' / 'records'}; GNLIB_HOME names the checkout")
     return intact
 
 

@@ -80,6 +80,10 @@ class GaussNewton:
         outer_steps: int | None = None,
         precision: str = "fp32",
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model: a torch.nn.Module is needed, got {type(model).__name__}")
+        if not isinstance(inner, (str, InnerConfig)):
+            raise ConfigError(f"inner: an optimiser's name or a gnlib.InnerConfig, got {type(inner).__name__}")
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError("model: it has no trainable parameter")
         if isinstance(inner, str):
@@ -134,7 +138,7 @@ class GaussNewton:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue bit for bit, on the same device, where `state_dict` was taken; load the model's parameters too."""
-        if list(state["solution"]) != list(self.outer.solution):
+        if list(state.get("solution", ())) != list(self.outer.solution):
             raise ConfigError("state: it belongs to a model with other parameters")
         self.outer.load_state_dict(state)
 
@@ -223,6 +227,8 @@ def _scheduled(inner: InnerConfig, outer_steps: int | None) -> InnerConfig:
 
 def _find_loss(loss: str | ConvexLoss) -> ConvexLoss:
     if not isinstance(loss, str):
+        if not all(hasattr(loss, name) for name in ("value", "gradient", "hessian_product")):
+            raise ConfigError(f"loss: {', '.join(LOSSES)} or a ConvexLoss object, got {type(loss).__name__}")
         return loss
     if loss not in LOSSES:
         near = difflib.get_close_matches(loss, LOSSES) or list(LOSSES)

@@ -221,13 +221,17 @@ class DecoderLinearisation(Linearisation):
         return u, found
 
     def forward_units(self, names: Sequence[str]) -> float:
-        """Changed layers cost dx W, x dW and the same in the pullback; layers above them half; layers below nothing."""
+        """Changed layers cost dx W, x dW and the same in the pullback; layers above them half; layers below nothing.
+
+        So does the first changed layer, if all of it is a changed block: its first norm's dx goes through its matrices.
+        """
         flops, layers = self.model.layer_flops(), self.model.layers()
         changed = [not set(names).isdisjoint(layer) for layer in layers]
         first = changed.index(True)
+        through = len(layers[first]) > 1 and set(layers[first]) <= set(names)
         units = 0.0
         for index in range(first, len(layers)):
-            moved = changed[index] + (index > first)  # products with dW, products with dx
+            moved = changed[index] + (index > first or through)  # products with dW, products with dx
             units += 2 * moved * flops[index]
         return units / sum(flops)
 

@@ -80,12 +80,12 @@ def _size(batch: CriticalBatch) -> float:
 
 
 def _quotient(own: CriticalBatch, other: CriticalBatch) -> Estimate:
-    """With the interval of a quotient of independent figures, from those of their logarithms."""
+    """With the interval of a quotient of independent figures, from those of their logarithms: its wider, upper half."""
     mean = own.mean / other.mean
     if own.bound or other.bound or own.n == 1:
         return Estimate(mean, None, own.n, own.n if own.bound or other.bound else 0)
     half = math.hypot(*(math.log(batch.high / batch.low) / 2 for batch in (own, other)))
-    return Estimate(mean, mean * math.sinh(half), own.n)
+    return Estimate(mean, mean * math.expm1(half), own.n)
 
 
 def budget_lead(groups: Groups, target: float) -> Estimate:

@@ -7,10 +7,12 @@ its base learning rate in its groups' `initial_lr`.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +53,8 @@ class Solver:
         self.parameters, self.clip = parameters, inner.clip
         self.optimizers = find(inner.optimizer).build(matrices, others, inner)
         for group in self._groups():
+            if "lr" not in group:
+                raise ConfigError(f"method.inner.optimizer: {inner.optimizer} has no learning rate lr")
             group["initial_lr"] = group["lr"]
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -133,6 +137,32 @@ def imported(path: str) -> type[Optimizer]:
     if not (inspect.isclass(kind) and issubclass(kind, Optimizer)):
         raise ConfigError(f"method.inner.optimizer: {path!r} is no torch.optim.Optimizer class")
     return kind
+
+
+def source_hash(name: str) -> str | None:
+    """12 hex digits of the SHA-256 of the file that an import path's class is in; None for torch's and for names of the
+    registry."""
+    if name in registry or "." not in name or name.partition(".")[0] == "torch":
+        return None
+    try:
+        path = inspect.getsourcefile(imported(name))
+    except TypeError:  # made by an extension module
+        return None
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] if path and Path(path).exists() else None
+
+
+def try_out(inner: InnerConfig) -> None:
+    """Two steps on a matrix and a vector with an optimiser of your own: ConfigError for what cannot work."""
+    parameters = {name: torch.ones(shape, requires_grad=True) for name, shape in (("matrix", (4, 3)), ("vector", (3,)))}
+    try:
+        solver = Solver(parameters, {"matrix"}, inner)
+        for _ in range(2):
+            solver.step({name: torch.full_like(p, 0.1) for name, p in parameters.items()}, 1.0)
+    except ConfigError:
+        raise
+    except Exception as error:  # of the user's code: anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(f"{inner.optimizer}: a trial step failed with {type(error).__name__}: {reason}") from None
 
 
 def construct(kind: type[Optimizer], parameters: Named, inner: InnerConfig, **settings: Any) -> Optimizer:

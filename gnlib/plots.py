@@ -164,13 +164,19 @@ def loss_by_batch(ends: pd.DataFrame, axis: str = "batch", title: str = "") -> F
 
 
 def sweeps(trials: pd.DataFrame, title: str = "") -> Figure:
-    """Score against learning rate (`tables.trials`), one line an entry, over the score of the entry's best trial."""
-    with _figure(title, "best of the trials at each rate", height=4.2) as (figure, axes):
+    """Score against learning rate (`tables.trials`), one line an entry, over the score of the entry's best trial.
+
+    A cross at the top: no trial at this rate reached the target.
+    """
+    with _figure(title, "best trial at each rate; cross: none reached the target", height=4.2) as (figure, axes):
         for name, own in trials.groupby("entry", sort=False):
-            best = own.groupby("lr")["excess"].min().dropna()
+            by_rate = own.groupby("lr")["excess"].min()
+            best, missed = by_rate.dropna(), by_rate[by_rate.isna()]
             style = styles()[own["method"].iloc[0]]
             label = own["method"].iloc[0] + "".join(str(name).partition("@")[1:])
             axes.plot(best.index, best, marker="o", markersize=2.5, linewidth=1.2, label=label, **style)
+            top = {"transform": axes.get_xaxis_transform(), "linestyle": "none", "marker": "x"}
+            axes.plot(missed.index, [0.96] * len(missed), **{**style, **top})
         axes.set(xscale="log", xlabel="Learning rate", ylabel="Score / that of the tuned setting")
         _plain_ticks(axes.xaxis)
     return figure

@@ -114,7 +114,7 @@ class Question:
         spread = found.half_width or 0.0
         low, high = found.mean - spread, found.mean + spread
         if found.censored:  # a lower bound
-            low, high = found.mean, math.inf
+            high = math.inf
         least = -math.inf if self.at_least is None else self.at_least
         most = math.inf if self.at_most is None else self.at_most
         if high < least or low > most:

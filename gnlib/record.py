@@ -33,7 +33,7 @@ class Row(TypedDict):
     outer_step: int
     tokens_train: int  # read by inner steps so far
     tokens_search: int  # read by line searches so far
-    flops: float  # of matrix products so far, line search included, evaluation not
+    flops: float  # of the model's matrix products so far, line search included; not evaluation, not the optimisers' own
     wall_s: float  # seconds so far in outer steps, evaluation not included
     peak_bytes: int  # largest memory: of the GPU's tensors, or resident on CPU
     train_loss: float | None  # nats per token at theta_t on this step's training batches; None at the start

@@ -150,7 +150,7 @@ def estimate(values: Sequence[float], censored: Sequence[bool] = ()) -> Estimate
     if n == 1:
         return Estimate(mean, None, n, sum(censored))
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
+    t = _T95[min(n - 2, len(_T95) - 1)]  # beyond the table its last, which is wider
     return Estimate(mean, t * deviation / math.sqrt(n), n, sum(censored))
 
 

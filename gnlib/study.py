@@ -75,8 +75,8 @@ def find(configs: Sequence[RunConfig], profile: str, fresh: bool = False) -> lis
     """The ended record of each configuration, or None.
 
     Shipped records, named by their recipes, come first and data/runs second; `fresh` looks at data/runs alone. A record
-    counts if its recipe is the same: on another Python version the default corpus differs a little, and the shipped
-    record says which it was.
+    counts if its recipe is the same, and there its text where the configuration names one: on another Python version
+    the default corpus differs a little, and the shipped record says which it was.
     """
     names = [config.recipe_id for config in configs]
     found: dict[str, Record] = {}
@@ -84,7 +84,10 @@ def find(configs: Sequence[RunConfig], profile: str, fresh: bool = False) -> lis
         shipped = (path for name in names if (path := records_folder(profile) / f"{name}.jsonl").exists())
         found = {record.config.recipe_id: record for record in load(shipped) if record.ended}
     if missing := set(names) - found.keys():
-        found |= {record.config.recipe_id: record for record in load(run_files(), missing) if record.ended}
+        texts = {config.recipe_id: config.data.fingerprint for config in configs}
+        for record in load(run_files(), missing):
+            if record.ended and texts[record.config.recipe_id] in (None, record.config.data.fingerprint):
+                found[record.config.recipe_id] = record
     return [found.get(name) for name in names]
 
 
@@ -133,9 +136,11 @@ def run_study(
     set) a missing record raises StudyError, naming `command`. Runs that fail raise StudyError after all others have
     ended.
     """
-    missing = [config for config, record in zip(configs, find(configs, profile, fresh), strict=True) if record is None]
     if allow_run is None:
         allow_run = not os.environ.get("CI")
+    if fresh and allow_run:
+        configs = [pinned(config) for config in configs]  # of the text there is now, not of one that it replaced
+    missing = [config for config, record in zip(configs, find(configs, profile, fresh), strict=True) if record is None]
     if missing and not allow_run:
         raise StudyError(
             f"{len(missing)} of {len(configs)} records are missing, the first is {describe(missing[0])}; run: {command}"

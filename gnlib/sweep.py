@@ -32,9 +32,11 @@ def sweep(
     seeds: Sequence[int] | None = None,
     batches: Sequence[int] | None = None,
     tuned: bool = True,
+    fresh: bool = False,
 ) -> None:
     """Tune every setting of the studies until it is interior (if `tuned`), and run its data orders.
 
+    `fresh` runs data orders whose records are only shipped, which may be of another text; rates that are shipped stay.
     After `minutes`, what is under way is stopped: UnfinishedError, which says what is left for the next time.
     StudyError, once all else has ended, with a line for each chain that failed.
     """
@@ -44,13 +46,15 @@ def sweep(
         raise ConfigError(f"study: name at least one; allowed: {', '.join(STUDIES)}")
     runs = [run for name in names for run in study_runs(name, profile, seeds, methods, batches)]
     if not runs:
-        raise ConfigError(f"batches: none of {', '.join(map(str, batches or ()))} is one of the studies'")
+        there = [run.config for name in names for run in study_runs(name, profile, seeds, methods)]
+        allowed = sorted({config.outer_batch for config in there})
+        raise ConfigError(f"batches: {', '.join(map(str, batches or ()))}; allowed: {', '.join(map(str, allowed))}")
     slots = Slots(default_jobs([run.config for run in runs]) if jobs is None else jobs)
     pinned(runs[0].config)  # tokenises the text once, before many would wait for it
     chains = _chains(profile, [run.setting for run in runs])
     with tqdm(total=len(chains), desc=f"{len(chains)} settings", unit="setting") as bar:
         orders = list(dict.fromkeys(run.config.seed for run in runs))
-        swept = _Sweep(profile, orders, tuned, slots, bar)
+        swept = _Sweep(profile, orders, tuned, fresh, slots, bar)
         with ThreadPoolExecutor(len(chains)) as threads, _stopping(slots, minutes):
             for name in sorted(chains, key=lambda name: name != tunable(chains[name][0]).base):  # bases first
                 swept.chains[name] = threads.submit(swept.follow, name, chains[name])
@@ -68,6 +72,7 @@ class _Sweep:
     profile: str
     orders: Sequence[int]
     tuned: bool
+    fresh: bool
     slots: Slots
     bar: tqdm[None]
     chains: dict[str, Future[None]] = field(default_factory=dict)
@@ -81,7 +86,7 @@ class _Sweep:
             entry = tune(self.profile, tunable(members[0]), jobs=self.slots)
             self.bar.write(f"{name}: {told(entry)}")
         configs = [setting_config(self.profile, setting, seed) for setting in members for seed in self.orders]
-        run_study(configs, self.profile, jobs=self.slots, allow_run=True)
+        run_study(configs, self.profile, fresh=self.fresh, jobs=self.slots, allow_run=True)
         self.bar.update()
 
 

@@ -16,7 +16,8 @@ END_OF_TEXT = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[EOS]", "<|
 
 def tokenizer_file(name: str) -> Path | None:
     """The tokenizer.json that `name` is the path or the folder of; None for `bpe` and a name on Hugging Face."""
-    path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
+    here = Path(name).expanduser()
+    path = here / "tokenizer.json" if here.is_dir() else here
     if name == "bpe" or not (path.is_file() or name.endswith(".json") or name.startswith((".", "/", "~"))):
         return None
     if not path.is_file():

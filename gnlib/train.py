@@ -26,6 +26,7 @@ from gnlib.files import data_folder, exclusive, replacing
 from gnlib.losses import CrossEntropy
 from gnlib.model import Decoder, parameter_count, shapes_only
 from gnlib.objective import forward_loss
+from gnlib.optimizers import source_hash
 from gnlib.outer_step import OuterStep, StepInfo
 from gnlib.precision import matmul_precision
 from gnlib.prepare import prepare
@@ -54,7 +55,8 @@ def pinned(config: RunConfig) -> RunConfig:
     files = prepare(config.data)
     if config.outer_batch > (most := files.sequences("train")):
         raise ConfigError(f"outer_batch: {config.outer_batch} sequences; allowed: at most the text's {most}")
-    return config.replace({"data.fingerprint": files.fingerprint})
+    known = {"data.fingerprint": files.fingerprint, "method.inner.source": source_hash(config.method.inner.optimizer)}
+    return config.replace(known)
 
 
 def train(

@@ -256,7 +256,8 @@ def entry_of(axes: list[Axis], trials: Trials) -> dict[str, Any]:
         )
 
     ordered = sorted(trials, key=lambda point: trials[point][0])
-    interior = not open_fields(axes, trials)
+    works = any(math.isfinite(value) for value in trials[_best(trials)][0])  # or all of them diverged
+    interior = works and not open_fields(axes, trials)
     return {"settings": _settings(axes, _best(trials)), "interior": interior, "trials": [row(p) for p in ordered]}
 
 

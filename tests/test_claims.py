@@ -284,6 +284,7 @@ def test_fresh_claims_ignore_shipped_records(home: Path) -> None:
         ({"at_least": 3.0}, Estimate(3.5, None, 1, censored=1), True),  # at least 3.5 is at least 3
         ({"at_least": 3.0}, Estimate(math.nan, None, 1), UNDECIDED),
         ({"at_least": 3.0}, Estimate(2.5, None, 1, censored=1), UNDECIDED),  # at least 2.5 may be 3
+        ({"at_least": 3.0}, Estimate(3.1, 0.2, 1, censored=1), UNDECIDED),  # its spread goes below
         ({"at_most": 1.6}, Estimate(1.6, None, 1), True),
         ({"at_most": 1.6}, Estimate(1.61, None, 1), False),
         ({"at_most": 1.6}, Estimate(1.2, None, 1, censored=1), UNDECIDED),  # at least 1.2 may be anything above

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -179,8 +180,36 @@ def test_a_folder_or_a_file_that_is_no_text_is_refused_as_configuration(gnlib: C
     assert str(path) in refused(gnlib("train", "--config", str(path)))
 
 
+def test_a_users_optimiser_that_cannot_step_is_refused_before_the_run(gnlib: Call, home: Path) -> None:
+    said = refused(gnlib("train", "--profile", "tiny", "--set", "method.inner.optimizer=torch.optim.LBFGS"))
+    assert "torch.optim.LBFGS: a trial step failed with TypeError" in said
+    assert not (home / "data" / "runs").exists()
+
+
+def test_a_configuration_file_does_not_go_with_a_method(gnlib: Call, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(run_config("tiny", "adamw").model_dump_json())
+    assert "config: it has profile, method and seed" in refused(gnlib("train", "--config", str(path), "--seed", "3"))
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_result_that_could_not_be_written_is_refused_before_the_work(gnlib: Call, path: str) -> None:
+    assert "is a folder" in refused(gnlib("bench", "--size", "tiny", "--json", path))
+
+
+def test_sigterm_ends_the_command_as_an_exit_would_so_that_its_runs_are_stopped(
+    gnlib: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli.app, "cli", lambda **_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert gnlib()[0] == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_changed_shipped_record_is_refused_by_name(gnlib: Call, home: Path) -> None:
-    assert gnlib("verify") == (0, "0 shipped records are intact\n", "")
+    assert "no records under" in refused(gnlib("verify"))
     folder = home / "data" / "records" / "tiny"
     folder.mkdir(parents=True)
     (folder / "SHA256SUMS").write_text(f"{'0' * 64}  0123456789ab.jsonl\n")

@@ -260,8 +260,8 @@ def test_references_that_are_missing_are_named_with_the_command_that_makes_them(
     found = compare(EXAMPLE, "laptop", seeds=[1], trials=2)
     assert list(table(found)["its steps"])[:3] == ["2.00", "not run", "not run"]
     small = [line for line in notes(found) if line.startswith("  ")]
-    command = "gnlib study critical_batch_size --profile laptop"
-    assert small == [f"  the references are not run at this batch; run: {command}"]
+    command = "gnlib study critical_batch_size --profile laptop --seeds 1"
+    assert small == [f"  the references are not run at this batch and data order; run: {command}"]
 
 
 def test_references_on_another_text_are_marked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,6 +312,20 @@ def test_where_nothing_may_be_trained_the_command_is_named(monkeypatch: pytest.M
         compare(EXAMPLE, "tiny")
 
 
+def test_runs_that_diverged_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs_on(lambda config: 24.0, monkeypatch)
+    (found,) = compare(EXAMPLE, "tiny", seeds=[1], trials=1, batches=[64])
+    assert not [line for line in notes([found]) if "diverged" in line]
+    found.records[0].status = "diverged"
+    assert "  its runs diverged: their steps are no bound" in notes([found])
+
+
+def test_a_batch_that_no_study_has_is_named_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs_on(lambda config: 24.0, monkeypatch)
+    lines = notes(compare(EXAMPLE, "tiny", seeds=[1], trials=1, batches=[32]))
+    assert "  no study has references at this batch; allowed: 16, 64 sequences" in lines
+
+
 # ---------------------------------------------------------------- for real
 
 
@@ -334,6 +348,11 @@ def test_an_optimiser_from_the_users_directory_is_tuned_run_and_drawn(
     made_runs = [record.config for record in comparing_runs(home)]
     assert sorted(config.seed for config in made_runs) == [0, 1]
     assert {config.method.inner.lr for config in made_runs} == {0.02}
+    before = start_of("my_package.ThreeBetas", "tiny", {})["method.inner.source"]
+    assert {config.method.inner.source for config in made_runs} == {before}
+    with open(home / "my_package.py", "a") as file:
+        file.write("# edited\n")
+    assert start_of("my_package.ThreeBetas", "tiny", {})["method.inner.source"] != before  # another run
 
 
 def comparing_runs(home: Path) -> list[Record]:

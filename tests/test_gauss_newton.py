@@ -331,6 +331,14 @@ def test_the_state_of_another_model_is_refused() -> None:
 # ---------------------------------------------------------------- what cannot work, in one line
 
 
+def test_what_pytorchs_own_optimisers_would_be_given_is_refused_by_name() -> None:
+    model = classifier_case().model
+    assert "loss: cross_entropy" in refused(lambda: GaussNewton(model, nn.CrossEntropyLoss()))  # type: ignore[arg-type]
+    assert "model: a torch.nn.Module" in refused(lambda: GaussNewton(model.parameters()))  # type: ignore[arg-type]
+    assert "inner: " in refused(lambda: GaussNewton(model, inner={"steps": 3}))  # type: ignore[arg-type]
+    assert "state: " in refused(lambda: newton(model).load_state_dict({}))
+
+
 def refused(run: Callable[[], Any]) -> str:
     with pytest.raises(ConfigError) as caught:
         run()

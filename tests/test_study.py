@@ -107,7 +107,7 @@ def test_a_failing_run_is_reported_with_its_logs_tail_and_does_not_stop_the_othe
     with pytest.raises(StudyError) as caught:
         run_study([bad, good], "tiny", jobs=1)
     (line,) = str(caught.value).splitlines()
-    assert line.startswith(f"{describe(pinned(bad))} failed with exit code 1: ")
+    assert line.startswith(f"{describe(pinned(bad))} failed with exit code 2: ")
     assert "missing 1 required positional argument: 'closure'" in line
     assert [record and record.status for record in find([bad, good], "tiny")] == [None, "finished"]
     weights = run_folder(pinned(start_config(good))) / "weights.pt"
@@ -253,6 +253,14 @@ def test_fresh_ignores_shipped_records(home: Path) -> None:
     assert find(configs, "tiny") == [shipped, own]
     assert find(configs, "tiny", fresh=True) == [None, own]
     assert find(configs, "laptop") == [None, own]
+
+
+def test_a_record_of_another_text_does_not_count_where_the_text_is_known(home: Path) -> None:
+    """So that a run afresh is of the text that is there now."""
+    old = of(short("adamw").replace({"data.fingerprint": "old"}))
+    leave(old)
+    assert find([short("adamw")], "tiny", fresh=True) == [old]
+    assert find([short("adamw").replace({"data.fingerprint": "new"})], "tiny", fresh=True) == [None]
 
 
 def test_a_shipped_record_comes_before_one_of_this_machine(home: Path) -> None:

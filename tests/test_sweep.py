@@ -46,7 +46,9 @@ class Calls:
             raise self.error
         return {"settings": {"method.inner.lr": 0.1}, "interior": True, "trials": []}
 
-    def run(self, configs: Sequence[RunConfig], profile: str, jobs: Slots, allow_run: bool) -> list[Record]:
+    def run(
+        self, configs: Sequence[RunConfig], profile: str, jobs: Slots, allow_run: bool, fresh: bool
+    ) -> list[Record]:
         with self.lock:
             self.events += [("run", f"{config.method.inner.optimizer}@{config.outer_batch}") for config in configs]
             self.slots.add(id(jobs))
@@ -108,7 +110,7 @@ def test_only_the_batches_asked_for_are_run_and_others_are_refused(monkeypatch: 
     calls = Calls(monkeypatch)
     sweep(["critical_batch_size"], "tiny", methods=["adamw"], seeds=[1], batches=[16])
     assert calls.events == [("tune", "adamw@16"), ("run", "adamw@16")]
-    with pytest.raises(ConfigError, match="batches: none of 17 is one of the studies'"):
+    with pytest.raises(ConfigError, match="batches: 17; allowed: 16, 64"):
         sweep(["critical_batch_size"], "tiny", batches=[17])
 
 
@@ -138,7 +140,7 @@ def test_no_more_runs_than_slots_are_under_way_over_all_chains(monkeypatch: pyte
 
     monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(study, "_spawn", lambda *_: Process())
-    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, allow_run: study.execute(configs, jobs))
+    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, **_: study.execute(configs, jobs))
     sweep(["critical_batch_size"], "tiny", jobs=3, tuned=False, seeds=[1])
     assert most[0] == 3 and running[0] == 0
 
@@ -160,7 +162,7 @@ def test_a_sweep_stops_after_its_minutes_and_says_what_is_left(monkeypatch: pyte
 
     monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(study, "_spawn", lambda *_: Process())
-    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, allow_run: study.execute(configs, jobs))
+    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, **_: study.execute(configs, jobs))
     with pytest.raises(UnfinishedError, match=r"^1 of 1 settings are left: adamw$"):
         sweep(["iteration_complexity"], "tiny", jobs=2, minutes=0.005, tuned=False, methods=["adamw"], seeds=[1, 2])
     assert ended == ["terminated"] * 2 + ["waited for"] * 2

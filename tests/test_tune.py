@@ -143,6 +143,12 @@ def test_without_a_run_that_reaches_the_target_the_final_loss_decides(monkeypatc
     assert entry["trials"][0]["final_loss"] == pytest.approx(TARGET + 0.04)
 
 
+def test_nothing_is_interior_where_every_trial_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs_on(lambda lr, steps: 1.0, monkeypatch)
+    monkeypatch.setattr(tuning, "score", lambda record, target: (math.inf, math.inf))
+    assert tune("laptop", "adamw")["interior"] is False
+
+
 def test_the_score_prefers_reaching_the_target_then_the_lower_loss_and_divergence_is_last() -> None:
     ordered = [
         made("adamw", [5.0, TARGET, TARGET]),
