@@ -56,7 +56,7 @@ def sweep(
         orders = list(dict.fromkeys(run.config.seed for run in runs))
         swept = _Sweep(profile, orders, tuned, fresh, slots, bar)
         with ThreadPoolExecutor(len(chains)) as threads, _stopping(slots, minutes):
-            for name in sorted(chains, key=lambda name: name != tunable(chains[name][0]).base):  # bases first
+            for name in sorted(chains, key=lambda name: len(_waits_for(name, chains[name]))):  # what others wait for
                 swept.chains[name] = threads.submit(swept.follow, name, chains[name])
             failed, stopped = _problems(swept.chains)
     if failed:
@@ -79,15 +79,20 @@ class _Sweep:
 
     def follow(self, name: str, members: Sequence[Setting]) -> None:
         """One chain: wait for the base's, tune, run the data orders."""
-        base = tunable(members[0]).base
-        if base != name and base in self.chains:  # where the search starts depends on what is best for the base
-            self.chains[base].exception()
+        for other in _waits_for(name, members):
+            if other in self.chains:
+                self.chains[other].exception()
         if self.tuned and not tuning(self.profile, name).get("interior"):
             entry = tune(self.profile, tunable(members[0]), jobs=self.slots)
             self.bar.write(f"{name}: {told(entry)}")
         configs = [setting_config(self.profile, setting, seed) for setting in members for seed in self.orders]
         run_study(configs, self.profile, fresh=self.fresh, jobs=self.slots, allow_run=True)
         self.bar.update()
+
+
+def _waits_for(name: str, members: Sequence[Setting]) -> set[str]:
+    """The entries on whose best settings it depends where this one's search starts: its method's, and its batch's."""
+    return {tunable(members[0]).base, name.removesuffix(":budget")} - {name}
 
 
 def _chains(profile: str, settings: Iterable[Setting]) -> dict[str, list[Setting]]:

@@ -70,6 +70,26 @@ def test_every_setting_is_tuned_before_its_data_orders_run_and_a_method_before_i
     assert len(calls.slots) == 1  # shared by all
 
 
+@pytest.mark.parametrize(("first", "second"), [("adamw", "adamw@16"), ("adamw@16", "adamw@16:budget")])
+def test_a_search_waits_for_the_one_that_it_starts_from(
+    first: str, second: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes: the second would have begun while the first goes on."""
+    calls, begun, early = Calls(monkeypatch), threading.Event(), []
+
+    def slow(profile: str, setting: Setting, jobs: Slots) -> dict[str, object]:
+        name = key(profile, setting)
+        if name == second:
+            begun.set()
+        if name == first:
+            early.append(begun.wait(0.3))
+        return calls.tune(profile, setting, jobs)
+
+    monkeypatch.setattr(sweeping, "tune", slow)
+    sweep(["critical_batch_size", "fixed_budget"], "tiny", methods=["adamw"], seeds=[1])
+    assert early == [False] and begun.is_set()
+
+
 def test_variants_that_run_with_their_methods_settings_wait_for_its_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
     sweep(["line_search"], "tiny", methods=["cold_start", "search_on_all", "muon_search"], seeds=[1])
