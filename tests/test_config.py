@@ -148,6 +148,7 @@ def test_outer_batch_tokens_are_sequences_times_length() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a truth value for a number": ({"outer_steps": True}, "outer_steps"),
     "typo in the root": ({"outer_stepz": 3}, "outer_stepz"),
     "typo in a section": ({"model": {"widht": 64}}, "model.widht"),
     "typo deep down": ({"method": {"inner": {"learning_rate": 0.1}}}, "method.inner.learning_rate"),
