@@ -115,7 +115,7 @@ QUESTIONS = (
         decided_by=largest_batch,
     ),
     Question(
-        "At a fixed token budget and the largest batch GN ends at least 0.1 nats below every baseline",
+        "After a fixed number of tokens at the largest batch GN is at least 0.1 nats below every baseline",
         "about 1 (3.45 against > 4.4 for AdamW)",
         "nats below the best baseline",
         "fixed_budget",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from gnlib.critical_batch import CriticalBatch, critical
@@ -89,11 +90,25 @@ def _quotient(own: CriticalBatch, other: CriticalBatch) -> Estimate:
 
 
 def budget_lead(groups: Groups, target: float) -> Estimate:
-    """At the largest batch: final loss of the best baseline of a seed minus Gauss-Newton's, mean over the seeds."""
-    newton = {record.config.seed: final_loss(record) for record in largest_batch(_named(groups, "gauss_newton"))}
+    """At the largest batch: final loss of the best baseline of a seed minus Gauss-Newton's, mean over the seeds.
+
+    Gauss-Newton's is that after as many tokens as a baseline reads, its line search's counted, between two evaluations.
+    """
+    own = largest_batch(_named(groups, "gauss_newton"))
+    newton = {record.config.seed: _loss_after(record, record.rows[-1]["tokens_train"]) for record in own}
     others = [record for name in BASELINES for record in largest_batch(_named(groups, name))]
     best = {seed: min(_ended(record) for record in others if record.config.seed == seed) for seed in newton}
     return estimate([best[seed] - newton[seed] for seed in newton])
+
+
+def _loss_after(record: Record, tokens: int) -> float:
+    """Validation loss after so many tokens, the line search's counted; the last one of a run that reads no more."""
+    for before, after in pairwise(record.rows):
+        first, last = (row["tokens_train"] + row["tokens_search"] for row in (before, after))
+        losses = [math.nan if row["val_loss"] is None else row["val_loss"] for row in (before, after)]
+        if first <= tokens < last:
+            return losses[0] + (tokens - first) / (last - first) * (losses[1] - losses[0])
+    return final_loss(record)
 
 
 def _ended(record: Record) -> float:

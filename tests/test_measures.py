@@ -94,6 +94,8 @@ def test_the_interval_of_a_critical_ratio_comes_from_both() -> None:
 def final(method: str, loss: float | None, seed: int, batch: int) -> Record:
     record = made(method, [5.0, loss], seed, "diverged" if loss is None else "finished")
     record.config = record.config.replace(outer_batch=batch)
+    for row in record.rows:
+        row["tokens_search"] = 0
     return record
 
 
@@ -106,6 +108,17 @@ def test_the_budget_lead_is_over_the_best_baseline_of_a_seed_at_the_largest_batc
         record.status = "diverged"  # after whatever loss
     found = measures.budget_lead(by_method(records), TARGET)
     assert (found.mean, found.n) == (pytest.approx((0.5 + 0.3) / 2), 2)
+
+
+def test_the_budget_lead_counts_the_tokens_of_the_line_search() -> None:
+    """20 tokens are trained on; the search's 5 + 5 put the 20th half-way through the second step: at 3.5 of 4 to 3."""
+    record = final("gauss_newton", 3.0, 1, 256)
+    record.rows[:] = [
+        record.rows[0] | {"tokens_train": train, "tokens_search": search, "val_loss": loss}
+        for train, search, loss in ((0, 0, 5.0), (10, 5, 4.0), (20, 5, 3.0))
+    ]
+    records = [record, *(final(name, 3.6, 1, 256) for name in measures.BASELINES)]
+    assert measures.budget_lead(by_method(records), TARGET).mean == pytest.approx(3.6 - 3.5)
 
 
 def test_the_best_other_schedule_is_compared_at_the_middle_and_at_the_largest_batch() -> None:
