@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Literal
 
 from gnlib.critical_batch import CriticalBatch, critical
@@ -103,12 +102,7 @@ def budget_lead(groups: Groups, target: float) -> Estimate:
 
 def _loss_after(record: Record, tokens: int) -> float:
     """Validation loss after so many tokens, the line search's counted; the last one of a run that reads no more."""
-    for before, after in pairwise(record.rows):
-        first, last = (row["tokens_train"] + row["tokens_search"] for row in (before, after))
-        losses = [math.nan if row["val_loss"] is None else row["val_loss"] for row in (before, after)]
-        if first <= tokens < last:
-            return losses[0] + (tokens - first) / (last - first) * (losses[1] - losses[0])
-    return final_loss(record)
+    return value_at(record, tokens, lambda row: row["val_loss"], lambda row: row["tokens_train"] + row["tokens_search"])
 
 
 def _ended(record: Record) -> float:

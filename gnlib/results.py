@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from gnlib.methods import ALL_METHODS
@@ -74,17 +75,23 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
     )
 
 
-def value_at(record: Record, step: float, value: Callable[[Row], float | None]) -> float:
-    """A column at an outer step between two evaluations, by linear interpolation; nan where it is not finite, and the
-    last value beyond the run's end."""
-    for before, after in zip(record.rows, record.rows[1:], strict=False):
-        if before["outer_step"] <= step <= after["outer_step"]:
+def value_at(
+    record: Record,
+    place: float,
+    value: Callable[[Row], float | None],
+    axis: Callable[[Row], float] = lambda row: row["outer_step"],
+) -> float:
+    """A column at a place between two evaluations, an outer step or on another axis, by linear interpolation; nan where
+    it is not finite, and the last value beyond the run's end."""
+    for before, after in pairwise(record.rows):
+        first, last = axis(before), axis(after)
+        if first <= place <= last:
             low, high = value(before), value(after)
             if low is None or high is None:
                 return math.nan
-            return low + (high - low) * (step - before["outer_step"]) / (after["outer_step"] - before["outer_step"])
-    last = value(record.rows[-1])
-    return math.nan if last is None else last
+            return low + (high - low) * (place - first) / (last - first)
+    end = value(record.rows[-1])
+    return math.nan if end is None else end
 
 
 def steps_to_target(records: Sequence[Record], target: float) -> pd.DataFrame:

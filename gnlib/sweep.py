@@ -78,7 +78,7 @@ class _Sweep:
     chains: dict[str, Future[None]] = field(default_factory=dict)
 
     def follow(self, name: str, members: Sequence[Setting]) -> None:
-        """One chain: wait for the base's, tune, run the data orders."""
+        """One chain: wait for those that it starts from, tune, run the data orders."""
         for other in _waits_for(name, members):
             if other in self.chains:
                 self.chains[other].exception()

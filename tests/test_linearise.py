@@ -310,4 +310,3 @@ def test_the_cost_of_a_block_is_that_of_the_products_with_weights_that_pytorch_c
 def _matrix_size(model: nn.Module, name: str) -> int:
     parameter = dict(model.named_parameters())[name]
     return parameter.numel() if parameter.ndim == 2 else 0
-

@@ -13,6 +13,7 @@ import pytest
 
 from gnlib import bench, compare, readme, results
 from gnlib.files import home
+from gnlib.measures import largest_batch
 from gnlib.profiles import find_profile
 from gnlib.record import Record
 from gnlib.studies import study_records, study_runs
@@ -175,10 +176,33 @@ def test_what_the_readme_says_of_soap_without_its_first_step_is_that_of_the_ship
     records = study_records("iteration_complexity", profile, methods=["gauss_newton", "soap"], allow_run=False)
     groups, target = results.by_method(records), find_profile(profile).target
     assert all(record.rows[0]["val_loss"] == record.rows[1]["val_loss"] for record in groups["SOAP"])
-    steps = {name: [results.crossing(record, target).steps for record in group] for name, group in groups.items()}
-    found = results.estimate([(soap - 1) / newton for soap, newton in zip(steps["SOAP"], steps["GN"], strict=True)])
+    found = _without_first_step(groups["SOAP"], groups["GN"], target)
     text = " ".join((home() / "README.md").read_text(encoding="utf-8").split())
     assert f"{found} ({profile})" in text and found.n == 3
+
+
+def _without_first_step(soap: list[Record], newton: list[Record], target: float) -> results.Estimate:
+    """SOAP's steps over Gauss-Newton's, by data order."""
+    steps = [[results.crossing(record, target).steps for record in runs] for runs in (soap, newton)]
+    return results.estimate([(own - 1) / its for own, its in zip(*steps, strict=True)])
+
+
+def test_what_the_readme_says_of_the_largest_batch_is_that_of_the_shipped_records() -> None:
+    names = ["gauss_newton", "layerwise", "soap", "muon"]
+    records = study_records("critical_batch_size", "h200", methods=names, allow_run=False)
+    groups, target = results.by_method(largest_batch(records)), find_profile("h200").target
+    ratios = {name: results.ratio(runs, groups["GN"], target, lambda c: c.steps) for name, runs in groups.items()}
+    without = _without_first_step(groups["SOAP"], groups["GN"], target)
+    text = " ".join((home() / "README.md").read_text(encoding="utf-8").split())
+    said = f"SOAP needs {ratios['SOAP']} times GN's 2.3 steps ({without} without its first, see below), Muon "
+    assert f"{said}{ratios['Muon']}, layerwise GN {ratios['Layerwise GN']}" in text
+
+
+def test_what_the_readme_says_of_layerwise_in_products_is_that_of_the_shipped_measurement() -> None:
+    counted = {(row["size"], row["method"]): row["tflop"] for row in bench.shipped("h200")}
+    shares = [counted[size, "layerwise"] / counted[size, "standard"] for size in ("45m", "150m")]
+    text = (home() / "README.md").read_text(encoding="utf-8")
+    assert "layerwise is {:.1f} and {:.1f} standard steps".format(*shares) in text
 
 
 def test_the_losses_on_another_text_are_those_of_shipped_runs() -> None:
