@@ -22,6 +22,7 @@ from gnlib.head import Expansion
 from gnlib.model import Block, BlockTape, Decoder
 from gnlib.precision import compiled_once
 from gnlib.pullbacks import Attention
+from gnlib.tangents import PROJECTIONS
 
 Parameters = Mapping[str, Tensor]
 Rule = Callable[..., Any]
@@ -212,28 +213,46 @@ class DecoderLinearisation(Linearisation):
         assert isinstance(block, Block) and tape is not None and attention is not None
         if not keep:
             self.tapes[index] = self.attentions[index] = None
-        u, uy, found = self.run(pullbacks.after)(block, tape, u, names)
-        if further or len(found) < len(names):
-            uheads = attention.pullback(uy, keep)
-            together, scales = pullbacks.normed_and_rotated(block, self.rotation, tape, uheads, names)
+        below = further or not set(names).issubset(pullbacks.AFTER)
+        u, uy, found = self.run(pullbacks.after)(block, tape, u, names, below)
+        if uy is None:
+            return u, found
+        together, scales = pullbacks.normed_and_rotated(block, self.rotation, tape, attention.pullback(uy, keep), names)
+        found |= scales
+        if further:
             u, more = self.run(pullbacks.before)(block, tape, u, together, names)
-            found |= scales | more
-        return u, found
+            return u, found | more
+        return u, found | self.run(pullbacks.last_before)(block, tape, together, names)
 
     def forward_units(self, names: Sequence[str]) -> float:
-        """Changed layers cost dx W, x dW and the same in the pullback; layers above them half; layers below nothing.
+        """A changed matrix costs x dW in the tangent, one whose input moves dx W, attention that moves twice its
+        forward; and all of it once more in the pullback."""
+        model, total, moved = self.model, 0.0, "embedding.weight" in names
+        for index, block in enumerate(model.blocks):
+            changed = {name.split(".")[2] for name in names if name.startswith(f"blocks.{index}.")}
+            total += self._block_flops(block, changed, moved)  # type: ignore[arg-type]
+            moved |= bool(changed)
+        moved |= "final_norm.weight" in names
+        total += (moved + ("head.weight" in names)) * model.product_flops(model.head)
+        return 2 * total / sum(model.layer_flops())
 
-        So does the first changed layer, if all of it is a changed block: its first norm's dx goes through its matrices.
+    def _block_flops(self, block: Block, changed: set[str], moved: bool) -> float:
+        """Of one sequence's tangent; `moved` if the block's input does.
+
+        Where it does not, a change of norm1's scale goes into the product of each matrix's (`tangents.scaled`).
         """
-        flops, layers = self.model.layer_flops(), self.model.layers()
-        changed = [not set(names).isdisjoint(layer) for layer in layers]
-        first = changed.index(True)
-        through = len(layers[first]) > 1 and set(layers[first]) <= set(names)
-        units = 0.0
-        for index in range(first, len(layers)):
-            moved = changed[index] + (index > first or through)  # products with dW, products with dx
-            units += 2 * moved * flops[index]
-        return units / sum(flops)
+        total = 0.0
+        for norm, names in (("norm1", PROJECTIONS), ("", ("out",)), ("norm2", ("up",)), ("", ("down",))):
+            joined = norm == "norm1" and not moved
+            for name in names:
+                through, own = moved or norm in changed, name in changed
+                products = (through or own) if joined else through + own
+                total += products * self.model.product_flops(getattr(block, name))
+            moved |= not changed.isdisjoint((norm, *names))
+            if norm == "norm1":
+                moved |= not changed.isdisjoint(("query_norm", "key_norm"))
+                total += moved * 2 * self.model.attention_flops()
+        return total
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:

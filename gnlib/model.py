@@ -163,17 +163,18 @@ class Decoder(nn.Module):
         return [name for name, p in self.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
 
     def layer_flops(self) -> list[float]:
-        """Matmul FLOPs of one sequence's forward pass by layer, in the order of `layers`.
-
-        Two per multiply-add; attention counted at its causal half: 2 products x S^2/2 x D x 2. The embedding is a
-        look-up and counts 0.
-        """
-        length = self.sequence_length
+        """Matmul FLOPs of one sequence's forward pass, in the order of `layers`; the embedding is a look-up."""
         block = self.blocks[0]
-        matrices = sum(p.numel() for p in block.parameters() if p.ndim == 2)  # type: ignore[union-attr]
-        width = self.embedding.embedding_dim
-        per_block = 2.0 * length * matrices + 2.0 * length * length * width
-        return [0.0, *[per_block] * len(self.blocks), 2.0 * length * self.head.weight.numel()]
+        matrices = sum(self.product_flops(child) for child in block.children() if isinstance(child, nn.Linear))
+        return [0.0, *[matrices + self.attention_flops()] * len(self.blocks), self.product_flops(self.head)]
+
+    def product_flops(self, layer: nn.Linear) -> float:
+        """Of one product of a sequence with a layer's matrix: two per multiply-add."""
+        return 2.0 * self.sequence_length * layer.weight.numel()
+
+    def attention_flops(self) -> float:
+        """Of one sequence's attention, at its causal half: 2 products x S^2/2 x D x 2."""
+        return 2.0 * self.sequence_length**2 * self.embedding.embedding_dim
 
 
 def rope_table(length: int, features: int) -> Tensor:

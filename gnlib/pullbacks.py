@@ -22,6 +22,7 @@ from gnlib.tangents import PROJECTIONS, Heads, along_normed, centred, gelu, laye
 
 Gradients = dict[str, Tensor]  # by a block's own parameter names
 SCALES = ("query_norm.weight", "key_norm.weight")
+AFTER = ("down.weight", "up.weight", "norm2.weight", "out.weight")  # the way back
 
 
 class Attention(NamedTuple):
@@ -74,25 +75,31 @@ def unrotate(u: Tensor, rotation: Tensor) -> Tensor:
     return rotate(u, (cosine, -sine))
 
 
-def after(block: Block, tape: BlockTape, u: Tensor, names: Collection[str]) -> tuple[Tensor, Tensor, Gradients]:
+def after(
+    block: Block, tape: BlockTape, u: Tensor, names: Collection[str], below: bool
+) -> tuple[Tensor, Tensor | None, Gradients]:
     """From the block's output to the residual stream beside attention [B, S, D] and to the heads' y [B, H, S, K].
 
         m + W_down gelu(W_up norm2(m))    m = x + W_out y
+
+    It ends at the lowest of its gradients, y's cotangent being None, unless something `below` is wanted.
     """
     found: Gradients = {}
+    wanted = [name for name in AFTER if name in names]
     if "down.weight" in names:
         found["down.weight"] = weight_gradient(tape.activated, block.down.weight, u)
-    uhidden = gelu(tape.hidden, (u @ block.down.weight).to(tape.hidden.dtype))
-    assert uhidden is not None
+    if below or len(found) < len(wanted):
+        uhidden: Tensor = gelu(tape.hidden, (u @ block.down.weight).to(tape.hidden.dtype))  # type: ignore[assignment]
     if "up.weight" in names:
         found["up.weight"] = weight_gradient(tape.mlp_in, block.up.weight, uhidden)
-    umiddle, scale = rms_norm(tape.middle, block.norm2.weight, uhidden @ block.up.weight)
-    u = u + umiddle
+    if below or len(found) < len(wanted):
+        umiddle, scale = rms_norm(tape.middle, block.norm2.weight, uhidden @ block.up.weight)
+        u = u + umiddle
     if "norm2.weight" in names:
         found["norm2.weight"] = scale
     if "out.weight" in names:
         found["out.weight"] = weight_gradient(merge(tape.y), block.out.weight, u)
-    return u, block.split(u @ block.out.weight), found
+    return u, block.split(u @ block.out.weight) if below else None, found
 
 
 def normed_and_rotated(
@@ -131,6 +138,21 @@ def before(
     uin = together @ torch.cat(weights)
     ux, found["norm1.weight"] = rms_norm(tape.x, block.norm1.weight, uin)
     return u + ux, {name: gradient for name, gradient in found.items() if name in names}
+
+
+def last_before(block: Block, tape: BlockTape, together: Tensor, names: Collection[str]) -> Gradients:
+    """As `before` in the lowest block, whose input's cotangent nobody asks for.
+
+    With the normed input n and a = n diag(w), query = n (W_q diag(w))^T: one product u^T n =: G gives the matrix's
+    gradient G diag(w) and its share of the scale's, the column sums of W_q G by elements.
+    """
+    weights = [getattr(block, name).weight for name in PROJECTIONS]
+    if "norm1.weight" not in names:
+        return _projection_gradients(tape.attention_in, weights, together, names)
+    g = weight_gradient(rms_normed(tape.x)[0], weights[0], together)
+    found = {f"{name}.weight": part * block.norm1.weight for name, part in zip(PROJECTIONS, g.chunk(3), strict=True)}
+    found["norm1.weight"] = (torch.cat(weights) * g).sum(0)
+    return {name: gradient for name, gradient in found.items() if name in names}
 
 
 def _projection_gradients(x: Tensor, weights: Sequence[Tensor], u: Tensor, names: Collection[str]) -> Gradients:

@@ -120,8 +120,7 @@ def block(block: Block, rotation: Tensor, tape: BlockTape, dx: Tensor | None, d:
     def get(name: str) -> Tensor | None:
         return d.get(f"{name}.weight")
 
-    din = rms_norm(tape.x, block.norm1.weight, dx, get("norm1"))
-    dquery, dkey, dvalue = _projected(block, tape.attention_in, din, d)
+    dquery, dkey, dvalue = _projected(block, tape, dx, d)
     dq = _rotated(block, rotation, block.query_norm.weight, tape.query, dquery, get("query_norm"))
     dk = _rotated(block, rotation, block.key_norm.weight, tape.key, dkey, get("key_norm"))
     dmixed = _attention_from(tape, dq, dk, None if dvalue is None else block.split(dvalue))
@@ -131,16 +130,27 @@ def block(block: Block, rotation: Tensor, tape: BlockTape, dx: Tensor | None, d:
     return add(dmiddle, linear(tape.activated, block.down.weight, dhidden, get("down")))
 
 
-def _projected(block: Block, x: Tensor, dx: Tensor | None, d: Tangents) -> Sequence[Tensor | None]:
+def _projected(block: Block, tape: BlockTape, dx: Tensor | None, d: Tangents) -> Sequence[Tensor | None]:
     """Tangents of query, key and value: one product for all three where it can be."""
     weights = [getattr(block, name).weight for name in PROJECTIONS]
-    dweights = [d.get(f"{name}.weight") for name in PROJECTIONS]
+    dweights, dnorm = [d.get(f"{name}.weight") for name in PROJECTIONS], d.get("norm1.weight")
+    if dx is None and dnorm is not None:
+        a, da = rms_normed(tape.x)[0], None
+        dweights = [scaled(*pair, block.norm1.weight, dnorm) for pair in zip(weights, dweights, strict=True)]
+    else:
+        a, da = tape.attention_in, rms_norm(tape.x, block.norm1.weight, dx, dnorm)
     changed = [dweight for dweight in dweights if dweight is not None]
-    if dx is None or len(changed) not in (0, len(weights)):
-        return [linear(x, weight, dx, dweight) for weight, dweight in zip(weights, dweights, strict=True)]
-    together = linear(x, torch.cat(weights), dx, torch.cat(changed) if changed else None)
-    assert together is not None
-    return together.chunk(len(weights), -1)
+    if len(changed) == len(weights) or (da is not None and not changed):
+        together = linear(a, torch.cat(weights), da, torch.cat(changed) if changed else None)
+        assert together is not None
+        return together.chunk(len(weights), -1)
+    return [linear(a, weight, da, dweight) for weight, dweight in zip(weights, dweights, strict=True)]
+
+
+def scaled(weight: Tensor, dweight: Tensor | None, scale: Tensor, dscale: Tensor) -> Tensor:
+    """W diag(w) -> W diag(dw) + dW diag(w): of the matrix after a norm's scale w, where the normed input n stays. One
+    product with n then does for two."""
+    return weight * dscale if dweight is None else weight * dscale + dweight * scale
 
 
 def _rotated(

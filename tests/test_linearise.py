@@ -236,10 +236,11 @@ class _Products(TorchDispatchMode):
 
 
 def test_a_pullback_computes_no_weight_gradient_above_the_layers_that_are_asked_for() -> None:
-    """Query, key and value are one product: four a block for the activations, four for the weights of one asked for."""
+    """Query, key and value are one product: four a block for the activations, four for the weights of one asked for,
+    the lowest of which needs no product for the cotangent of its input."""
     model = Decoder(VOCABULARY, 8, 16, 4, 2, LENGTH).double()
     here = DecoderLinearisation(model, tokens(2, LENGTH))
-    expected = {"embedding": 4 * 4, "block 0": 4 * 4 + 4, "block 2": 4 * 2 + 4, "block 3": 4 + 4, "final norm": 0}
+    expected = {"embedding": 4 * 4, "block 0": 4 * 4 + 3, "block 2": 4 * 2 + 3, "block 3": 4 + 3, "final norm": 0}
     layers = model.layers()
     asked = dict(zip(expected, [layers[0], layers[1], layers[3], layers[4], ["final_norm.weight"]], strict=True))
     for name, names in asked.items():
@@ -288,25 +289,33 @@ def test_the_head_costs_its_own_products_alone() -> None:
     assert here.forward_units(["head.weight"]) == pytest.approx(2 * flops[-1] / sum(flops), rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "parameter"])
 def test_the_cost_of_a_block_is_that_of_the_products_with_weights_that_pytorch_counts(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Of the whole model and of each layer; attention, whose products here are dense, is left out on both sides."""
+    """Attention, whose products here are dense, is left out on both sides."""
+    monkeypatch.setattr(Decoder, "attention_flops", lambda self: 0.0)
     model, inputs, targets = tiny_decoder(), tokens(2, LENGTH), tokens(2, LENGTH)
-    products = [2.0 * LENGTH * sum(_matrix_size(model, name) for name in layer) for layer in model.layers()]
-    products[0] = 0.0  # a look-up
-    monkeypatch.setattr(Decoder, "layer_flops", lambda self: products)
-    for names in (PARAMETERS, *model.layers()):
+    blocks = [[name] for name in PARAMETERS] if kind == "parameter" else partition(model, kind)  # type: ignore[arg-type]
+    for names in blocks:
         here = DecoderLinearisation(model, inputs)
         delta = direction({name: dict(model.named_parameters())[name] for name in names})
         with FlopCounterMode(display=False) as counter:
             here.derivatives([delta], targets, GaussNewtonObjective(CrossEntropy()).expand)
         counted = counter.get_flop_counts()["Global"]
         done = sum(counted.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm))
-        primal = len(inputs) * products[-1]  # z = x W^T
-        assert len(inputs) * here.forward_units(names) * sum(products) == done - primal
+        primal = len(inputs) * model.layer_flops()[-1]  # z = x W^T
+        units = here.forward_units(names) * sum(model.layer_flops())
+        assert len(inputs) * units == pytest.approx(done - primal, rel=1e-12), names
 
 
-def _matrix_size(model: nn.Module, name: str) -> int:
-    parameter = dict(model.named_parameters())[name]
-    return parameter.numel() if parameter.ndim == 2 else 0
+@pytest.mark.parametrize("changed", ["blocks.1.query.weight", "blocks.1.key_norm.weight", "blocks.0.down.weight"])
+def test_attention_that_moves_costs_four_forwards_and_other_attention_nothing(
+    monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """Four products for two in the tangent, as in the pullback; above each of these changes there is one attention."""
+    here = DecoderLinearisation(tiny_decoder(), tokens(1, LENGTH))
+    total, attention = sum(here.model.layer_flops()), here.model.attention_flops()
+    units = here.forward_units([changed]) * total
+    monkeypatch.setattr(Decoder, "attention_flops", lambda self: 0.0)
+    assert units - here.forward_units([changed]) * sum(here.model.layer_flops()) == pytest.approx(4 * attention)
