@@ -18,6 +18,7 @@ from gnlib import claims as claim_rows
 from gnlib import compare as comparing
 from gnlib import export as exports
 from gnlib import readme as readme_table
+from gnlib.arguments import Commands
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import replacing
 from gnlib.heldout import heldout
@@ -34,7 +35,7 @@ from gnlib.tune import command_for, told
 from gnlib.tune import tune as tune_method
 from gnlib.variants import VARIANTS, find_setting, key
 
-app = tyro.extras.SubcommandApp()
+app = Commands()
 Name = Annotated[str, tyro.conf.Positional]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # no --no-... beside it
 UNFINISHED = 3  # exit code of a sweep that its --minutes ended, for scripts that call it again

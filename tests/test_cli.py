@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gnlib import cli
+from gnlib import arguments, cli
 from gnlib import record as records
 from gnlib import tune as tuning
 from gnlib.methods import METHODS
@@ -101,6 +101,39 @@ def refused(result: tuple[int, str, str]) -> str:
     assert (code, out) == (2, "")
     assert err.startswith("gnlib: ") and err.endswith("\n") and err.count("\n") == 1, err
     return err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("train --foo 3", ("--foo", "gnlib --help")),
+        ("frob", ("frob", "profiles, prepare, train")),
+        ("", ("profiles, prepare, train",)),
+        ("claims --n", ("--n;", "near: --json")),
+        ("sweep layerwise --jobs x", ("--jobs", "'x'", "Runs at a time")),
+        ("bench --steps 1.5", ("--steps", "'1.5'")),
+        ("compare", ("missing from gnlib compare", "torch.optim.Optimizer")),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name_with_what_is_allowed(
+    words: str, named: tuple[str, ...], gnlib: Call, home: Path
+) -> None:
+    line = refused(gnlib(*words.split()))
+    assert all(name.lower() in line.lower() for name in named), line
+    assert not set("│╭─") & set(line) and not files(home)
+
+
+def test_what_a_command_says_while_it_runs_is_not_held_back_by_the_parsing(
+    gnlib: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loud() -> None:
+        print("at work", file=sys.stderr)
+        raise SystemExit(2)
+
+    commands = arguments.Commands()
+    commands.command(loud)
+    monkeypatch.setattr(cli, "app", commands)
+    assert gnlib("loud") == (2, "", "at work\n")
 
 
 @pytest.mark.parametrize(
