@@ -6,9 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from gnlib.blocks import partition
 from gnlib.config import RunConfig
 from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
+from gnlib.flops import forward_units
 from gnlib.line_search import step_sizes
+from gnlib.model import shapes_only
 from gnlib.record import Record
 
 
@@ -49,7 +52,8 @@ def estimate(configs: Sequence[RunConfig], measured: Iterable[Record]) -> Cost:
 def cost(config: RunConfig, steps: int | None = None) -> float:
     """Of a run of so many outer steps (all by default), in forward passes of a sequence, evaluation not included."""
     method, steps = config.method, config.outer_steps if steps is None else steps
-    units = {"full": 5.0, "layerwise": 7.0, "matrix": 15.0}[method.blocks] if method.objective != "loss" else 3.0
+    model = shapes_only(config)
+    units = 3.0 if method.objective == "loss" else forward_units(model, partition(model, method.blocks))
     if method.inner.optimizer == CONJUGATE_GRADIENT:  # the gradient, then products on a share of the batch
         units = 4.0 + 5.0 * method.inner.steps * float(method.inner.options.get("fraction", 0.125))
     searched = len(step_sizes(method.line_search)) * method.line_search.fraction if method.line_search else 0.0

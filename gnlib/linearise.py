@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gnlib import head, pullbacks, tangents
+from gnlib.flops import forward_units
 from gnlib.head import Expansion
 from gnlib.model import Block, BlockTape, Decoder
 from gnlib.precision import compiled_once
 from gnlib.pullbacks import Attention
-from gnlib.tangents import PROJECTIONS
 
 Parameters = Mapping[str, Tensor]
 Rule = Callable[..., Any]
@@ -225,34 +225,7 @@ class DecoderLinearisation(Linearisation):
         return u, found | self.run(pullbacks.last_before)(block, tape, together, names)
 
     def forward_units(self, names: Sequence[str]) -> float:
-        """A changed matrix costs x dW in the tangent, one whose input moves dx W, attention that moves twice its
-        forward; and all of it once more in the pullback."""
-        model, total, moved = self.model, 0.0, "embedding.weight" in names
-        for index, block in enumerate(model.blocks):
-            changed = {name.split(".")[2] for name in names if name.startswith(f"blocks.{index}.")}
-            total += self._block_flops(block, changed, moved)  # type: ignore[arg-type]
-            moved |= bool(changed)
-        moved |= "final_norm.weight" in names
-        total += (moved + ("head.weight" in names)) * model.product_flops(model.head)
-        return 2 * total / sum(model.layer_flops())
-
-    def _block_flops(self, block: Block, changed: set[str], moved: bool) -> float:
-        """Of one sequence's tangent; `moved` if the block's input does.
-
-        Where it does not, a change of norm1's scale goes into the product of each matrix's (`tangents.scaled`).
-        """
-        total = 0.0
-        for norm, names in (("norm1", PROJECTIONS), ("", ("out",)), ("norm2", ("up",)), ("", ("down",))):
-            joined = norm == "norm1" and not moved
-            for name in names:
-                through, own = moved or norm in changed, name in changed
-                products = (through or own) if joined else through + own
-                total += products * self.model.product_flops(getattr(block, name))
-            moved |= not changed.isdisjoint((norm, *names))
-            if norm == "norm1":
-                moved |= not changed.isdisjoint(("query_norm", "key_norm"))
-                total += moved * 2 * self.model.attention_flops()
-        return total
+        return forward_units(self.model, [names]) - 1.0
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:

@@ -205,7 +205,9 @@ def shapes_only(config: RunConfig) -> Decoder:
     """The run's model without memory (on the meta device), to count parameters or to check what is built on them."""
     size = config.model
     with torch.device("meta"):
-        return Decoder(config.data.vocabulary, size.width, size.mlp_width, size.blocks, size.heads, 2)
+        return Decoder(
+            config.data.vocabulary, size.width, size.mlp_width, size.blocks, size.heads, config.data.sequence_length
+        )
 
 
 def parameter_count(config: RunConfig) -> int:

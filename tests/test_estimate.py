@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from test_results import made
 
@@ -33,13 +35,17 @@ def test_tokens_are_those_that_the_run_then_reads(tmp_path, monkeypatch) -> None
         assert read == sequences_read(chosen) * 16 == estimate([chosen], []).tokens
 
 
-@pytest.mark.parametrize("method", ["gauss_newton", "layerwise", "adamw"])
-def test_cost_is_about_the_flops_that_the_run_then_has(method: str, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("gauss_newton", {}), ("layerwise", {}), ("layerwise", {"method__blocks": "matrix"}), ("adamw", {})],
+)
+def test_cost_is_the_flops_that_the_run_then_has(
+    method: str, changes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
-    flops = {}
-    for name in (method, "muon"):
-        flops[name] = train(config(name, start__chinchilla_fraction=0.0)).rows[-1]["flops"]
-    assert cost(config(method)) / cost(config("muon")) == pytest.approx(flops[method] / flops["muon"], rel=0.35)
+    runs = [config(method, start__chinchilla_fraction=0.0, **changes), config("muon", start__chinchilla_fraction=0.0)]
+    flops = [train(run).rows[-1]["flops"] for run in runs]
+    assert cost(runs[0]) / cost(runs[1]) == pytest.approx(flops[0] / flops[1], rel=1e-9)
 
 
 def test_time_is_scaled_from_runs_of_the_same_kind() -> None:
