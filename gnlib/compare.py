@@ -160,8 +160,8 @@ def _walk(
     def config(settings: Changes) -> RunConfig:
         return _config(profile, start | settings, SEED)
 
-    rounds, width = math.ceil(trials / WIDTH), min(trials, WIDTH)
-    return axes, search(axes, find_profile(profile).target, config, run, rounds=rounds, width=width)
+    target = find_profile(profile).target
+    return axes, search(axes, target, config, run, rounds=math.ceil(trials / WIDTH), width=WIDTH, most=trials)
 
 
 def _config(profile: str, changes: Changes, seed: int) -> RunConfig:

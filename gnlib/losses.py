@@ -97,7 +97,9 @@ class MeanSquaredError:
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Targets drawn from the model, y ~ N(z, 1), the shape of z; `generator` is of the CPU."""
-        return z + torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+        # not torch.randn, whose numbers depend on how many are drawn at once
+        uniform = torch.rand(z.shape, generator=generator, dtype=torch.float64).clamp_(min=2.0**-54)
+        return z + torch.special.ndtri(uniform).to(z)
 
 
 def has_kernel(loss: ConvexLoss, z: Tensor) -> bool:

@@ -143,12 +143,13 @@ def search(
     known: Callable[[list[RunConfig]], list[Record | None]] | None = None,
     rounds: int = MAX_ROUNDS,
     width: int | None = None,
+    most: int | None = None,
     before: Sequence[Point] = (),
 ) -> Trials:
     """Walk from the grid's origin to the best neighbour, again and again, until there is no better one.
 
     What is `known` is walked first, and counts where an earlier search tried it (`before`): the origin may have moved
-    since. A round then runs the best setting's untried neighbours, all or the first `width`.
+    since. A round then runs the best setting's untried neighbours, all or the first `width`, until `most` have run.
     """
     trials: Trials = {}
     seen: list[Record] = []
@@ -164,7 +165,8 @@ def search(
         found = dict(zip(wanted, known(list(wanted.values())), strict=True)) if known else {}
         records = {point: record for point, record in found.items() if record is not None}
         if not records and run and (wanted := untried(near)):
-            chosen = dict(list(wanted.items())[:width])
+            chosen = dict(list(wanted.items())[:width][:most])
+            most = None if most is None else most - len(chosen)
             records = dict(zip(chosen, run(list(chosen.values())), strict=True))
             rounds -= 1
         if not records:

@@ -125,6 +125,12 @@ def test_with_trials_enough_the_optimum_is_bracketed_and_otherwise_it_is_said_wh
     assert many[0].endswith("trials, interior")
 
 
+@pytest.mark.parametrize("trials", [1, 3])
+def test_as_many_trials_run_as_are_asked_for(trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs_on(bowl(0.02), monkeypatch)
+    assert [len(found.trials) for found in compare(EXAMPLE, "laptop", trials=trials)] == [trials, trials]
+
+
 def test_a_repeated_comparison_walks_the_same_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a notebook finds in the records what the command ran."""
     runs = runs_on(bowl(0.04), monkeypatch)

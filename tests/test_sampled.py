@@ -65,6 +65,14 @@ def test_labels_have_the_shape_of_targets_and_depend_on_the_seed_alone(loss: Cro
     assert math.isfinite(loss.value(z, first).item())
 
 
+@pytest.mark.parametrize("loss", [CrossEntropy(), MeanSquaredError()])
+def test_a_batch_cut_into_parts_draws_the_same_labels(loss: CrossEntropy | MeanSquaredError) -> None:
+    """Also parts of odd sizes, longer and shorter than a vector of the processor."""
+    z, generator = normal((97, 3), seeded()), seeded(4)
+    parts = [loss.sample(part, generator) for part in z.split([1, 30, 2, 64])]
+    assert torch.equal(torch.cat(parts), loss.sample(z, seeded(4)))
+
+
 def test_the_gradient_is_that_of_the_loss_with_the_drawn_labels_however_the_batch_is_cut() -> None:
     sampled, labels = on_classifier()
     case = classifier_case()
