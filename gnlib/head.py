@@ -4,8 +4,7 @@ With features x [T, D], the head's weight W [V, D] and, of a change of the model
 
     z = x W^T    v = dx W^T + x dW^T    u = the expansion's derivative at z, v    pullback: u W [T, D], u^T x [V, D]
 
-Several changes (the blocks of layerwise Gauss-Newton) share z, and those that leave W alone go through each product and
-the loss together.
+Several changes (the blocks of layerwise Gauss-Newton) share z.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gnlib.losses import ConvexLoss, has_kernel
-from gnlib.precision import compiled_once, triton_takes
+from gnlib.precision import compiled_once
 from gnlib.tangents import joined
 
 CHUNK_ELEMENTS = 2**28
@@ -28,8 +27,7 @@ CHUNK_ELEMENTS = 2**28
 Expansion = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(outputs z, targets y, output tangent v) -> the loss at z, a model of it at v, that model's derivative in v.
 
-All three are of means over the tokens given. It may overwrite v. For several tangents v [C, n, V] of the outputs [n, V]
-there are C values and C derivatives.
+All three are of means over the tokens given. It may overwrite v.
 """
 
 
@@ -52,43 +50,16 @@ def derivatives(
     x: Tensor, weight: Tensor, targets: Tensor, changes: Sequence[Change], expansion: Expansion
 ) -> tuple[Tensor, list[Derivative]]:
     """The loss at z and one `Derivative` a change; x [T, D], targets [T]. Means over the T tokens."""
-    x, weight, changes = cast(x), cast(weight), [Change(*map(cast, change)) for change in changes]
-    together = {i: dx for i, (dx, dweight) in enumerate(changes) if dx is not None and dweight is None}
-    if len(together) == 1 or not triton_takes(x):  # a CPU's caches hold the rows of one change, not of several
-        together = {}
-    # A and B with v = A B^T
-    alone = {i: joined(x, weight, *change) for i, change in enumerate(changes) if i not in together}
+    x, weight = cast(x), cast(weight)
+    products = [joined(x, weight, *map(cast, change)) for change in changes]  # A and B with v = A B^T
     losses, sums = [], [_Sum() for _ in changes]
     for rows, share in _chunks(len(x), len(weight)):
-        z, y = F.linear(x[rows], weight), targets[rows]
-        for index, (inputs, matrix) in alone.items():
-            loss, value, u = expansion(z, y, F.linear(inputs[rows], matrix))
-            sums[index].add(_pulled_back(changes[index], value, u.to(z.dtype), x[rows], weight), share)
-        if together:
-            loss, parts = _together(z, y, weight, [dx[rows] for dx in together.values()], expansion)
-            for index, part in zip(together, parts, strict=True):
-                sums[index].add(part, share)
-        losses.append(loss * share)
-    return torch.stack(losses).sum(), [total.derivative() for total in sums]
-
-
-def _pulled_back(change: Change, value: Tensor, u: Tensor, x: Tensor, weight: Tensor) -> Derivative:
-    features, of_weight = change.dfeatures is not None, change.dweight is not None
-    return Derivative(value, u @ weight if features else None, u.mT @ x if of_weight else None)
-
-
-def _together(
-    z: Tensor, y: Tensor, weight: Tensor, dxs: Sequence[Tensor], expansion: Expansion
-) -> tuple[Tensor, list[Derivative]]:
-    """The loss and the derivatives of C changes dx [n, D] of the features alone.
-
-    One product dx W^T, one pass over z and one product u W for all, a C-th of the tokens at a time.
-    """
-    losses, sums = [], [_Sum() for _ in dxs]
-    for rows, share in _chunks(len(z), len(weight) * len(dxs), powers=False):
-        loss, values, u = expansion(z[rows], y[rows], F.linear(torch.stack([dx[rows] for dx in dxs]), weight))
-        for total, value, features in zip(sums, values, u.to(z.dtype) @ weight, strict=True):
-            total.add(Derivative(value, features, None), share)
+        z = F.linear(x[rows], weight)
+        for change, (inputs, matrix), total in zip(changes, products, sums, strict=True):
+            loss, value, u = expansion(z, targets[rows], F.linear(inputs[rows], matrix))
+            u = u.to(z.dtype)
+            features = None if change.dfeatures is None else (u @ weight) * share
+            total.add(Derivative(value * share, features, None if change.dweight is None else (u.mT @ x[rows]) * share))
         losses.append(loss * share)
     return torch.stack(losses).sum(), [total.derivative() for total in sums]
 
@@ -101,12 +72,12 @@ def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: ConvexLoss, comp
     return torch.stack(parts).sum()
 
 
-def _chunks(tokens: int, vocabulary: int, powers: bool = True) -> Iterator[tuple[slice, float]]:
-    """Nearly equal slices of the tokens with their shares; with `powers` a power of two of them, so that most often all
-    are equal and one compilation serves all."""
-    count = min(tokens, -(-tokens * vocabulary // CHUNK_ELEMENTS))
-    if powers:
-        count = 1 << (count - 1).bit_length()
+def _chunks(tokens: int, vocabulary: int) -> Iterator[tuple[slice, float]]:
+    """Nearly equal slices of the tokens with their shares; a power of two of them, so that most often all are equal
+    and one compilation serves all."""
+    count = 1
+    while count < tokens and tokens * vocabulary > count * CHUNK_ELEMENTS:
+        count *= 2
     ends = [tokens * index // count for index in range(count + 1)]
     for first, end in pairwise(ends):
         if end > first:
@@ -131,16 +102,15 @@ class _Sum:
         self.features: list[Tensor] = []
         self.weight: Tensor | None = None
 
-    def add(self, part: Derivative, share: float) -> None:
-        self.values.append(part.value * share)
+    def add(self, part: Derivative) -> None:
+        self.values.append(part.value)
         if part.features is not None:
-            self.features.append(part.features * share)
+            self.features.append(part.features)
         if part.weight is not None:
-            weight = part.weight * share
             if self.weight is None:
-                self.weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+                self.weight = part.weight.to(torch.promote_types(part.weight.dtype, torch.float32))
             else:
-                self.weight += weight
+                self.weight += part.weight
 
     def derivative(self) -> Derivative:
         features = torch.cat(self.features) if self.features else None

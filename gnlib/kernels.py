@@ -122,13 +122,12 @@ def attention_tangent(
 
 @triton.jit
 def _expansion(
-    Z, V, Y, LOSS, VALUE, z_row, v_row, v_change, vocabulary, count, changes, PROX: tl.constexpr, COLUMNS: tl.constexpr
+    Z, V, Y, LOSS, VALUE, z_row, v_row, vocabulary, count, PROX: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """One token of one change: its loss, the value at v and the cotangent, which takes the place of v."""
-    row, change = tl.program_id(0).to(tl.int64) // changes, tl.program_id(0).to(tl.int64) % changes
+    """One token: its loss, the value at v and the cotangent, which takes the place of v."""
+    row = tl.program_id(0).to(tl.int64)
     Z += row * z_row
-    V += change * v_change + row * v_row
-    VALUE += change * count
+    V += row * v_row
     lanes = tl.arange(0, COLUMNS)
     top, top_moved = float("-inf"), float("-inf")  # running maxima of z and z + v
     total = tl.zeros([COLUMNS], tl.float32)  # sums of exp(z - top), of it times v, of it times v^2
@@ -175,13 +174,12 @@ def _expansion(
 
 @triton.jit
 def _short_expansion(
-    Z, V, Y, LOSS, VALUE, z_row, v_row, v_change, vocabulary, count, changes, PROX: tl.constexpr, COLUMNS: tl.constexpr
+    Z, V, Y, LOSS, VALUE, z_row, v_row, vocabulary, count, PROX: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """The same for a row whose exponentials registers hold: z is read once, v a second time out of the cache."""
-    row, change = tl.program_id(0).to(tl.int64) // changes, tl.program_id(0).to(tl.int64) % changes
+    row = tl.program_id(0).to(tl.int64)
     Z += row * z_row
-    V += change * v_change + row * v_row
-    VALUE += change * count
+    V += row * v_row
     lanes = tl.arange(0, COLUMNS)
     z = tl.load(Z + lanes, mask=lanes < vocabulary, other=float("-inf")).to(tl.float32)
     v = tl.load(V + lanes, mask=lanes < vocabulary, other=0.0).to(tl.float32)
@@ -216,21 +214,16 @@ def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tupl
     """(L(z), the subproblem's value at v, its derivative in v), means over the n rows; overwrites v with the last.
 
     z, v [n, V] contiguous in V, y [n]; `prox` keeps the whole loss (GN-prox-linear), else its quadratic model (GN).
-    For C changes at once v is [C, n, V] and the values [C]: programs side by side read the same row of z, the first
-    from memory and the others out of the cache.
     """
     n, vocabulary = z.shape
-    changes, v_change = (len(v), v.stride(0)) if v.ndim == 3 else (1, 0)
-    loss, value = (torch.empty(count, n, dtype=torch.float32, device=z.device) for count in (1, changes))
+    loss, value = torch.empty(2, n, dtype=torch.float32, device=z.device)
     whole = triton.next_power_of_2(vocabulary)
     kernel, columns = (_short_expansion, whole) if SWEEP < whole <= SHORT else (_expansion, min(SWEEP, whole))
     warps = 32 if kernel is _short_expansion else max(4, columns // 512)
-    kernel[(n * changes,)](
-        z, v, y, loss, value, z.stride(0), v.stride(-2), v_change, vocabulary, n, changes,
-        PROX=prox, COLUMNS=columns, num_warps=warps,
-    )  # fmt: skip
-    values = value.mean(-1)
-    return loss.mean(), values if v.ndim == 3 else values[0], v
+    kernel[(n,)](
+        z, v, y, loss, value, z.stride(0), v.stride(0), vocabulary, n, PROX=prox, COLUMNS=columns, num_warps=warps
+    )
+    return loss.mean(), value.mean(), v
 
 
 @triton.jit

@@ -63,30 +63,13 @@ class TrueLoss:
 
 
 class LinearisedObjective:
-    """What Gauss-Newton and prox-linear share; they differ in `_expand`, the model of the loss around the outputs."""
-
-    prox: bool
-    """Whether the whole loss is kept, not its quadratic model."""
+    """What Gauss-Newton and prox-linear share; they differ in `expand`, the model of the loss around the outputs."""
 
     def __init__(self, loss: ConvexLoss, ridge: float = 0.0, compiled: bool = False) -> None:
         self.loss, self.ridge, self.compiled = loss, ridge, compiled
 
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """L(z), the subproblem's value at output tangent v, and its derivative in v (the cotangent).
-
-        Of C tangents of the same outputs, v [C, *z.shape], the C values and the C derivatives.
-        """
-        if has_kernel(self.loss, z):
-            from gnlib import kernels  # needs Triton
-
-            return kernels.cross_entropy_expansion(z, y, v, self.prox)
-        if v.ndim == z.ndim:
-            return self._expand(z, y, v)
-        losses, values, cotangents = zip(*(self._expand(z, y, one) for one in v), strict=True)
-        return losses[0], torch.stack(values), torch.stack(cotangents)
-
-    def _expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For one v of the shape of z, in plain PyTorch."""
+        """L(z), the subproblem's value at output tangent v, and its derivative in v (the cotangent)."""
         raise NotImplementedError
 
     def evaluate(
@@ -129,9 +112,9 @@ class GaussNewtonObjective(LinearisedObjective):
     v = J (theta - theta_t) has the shape of the outputs z. `ridge` lambda adds lambda * sum of mean(delta^2).
     """
 
-    prox = False
-
-    def _expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if has_kernel(self.loss, z):
+            return cross_entropy_expansion(z, y, v, prox=False)
         if type(self.loss) is CrossEntropy:
             return self.loss.quadratic_model(z, y, v)
         loss, g, hv = self.loss.value(z, y), self.loss.gradient(z, y), self.loss.hessian_product(z, y, v)
@@ -141,13 +124,19 @@ class GaussNewtonObjective(LinearisedObjective):
 class ProxLinearObjective(LinearisedObjective):
     """L(z + v, y): the linearised model under the whole loss, with its higher-order terms (section 3, as above)."""
 
-    prox = True
-
-    def _expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if has_kernel(self.loss, z):
+            return cross_entropy_expansion(z, y, v, prox=True)
         outputs = z.to(torch.promote_types(z.dtype, torch.float32)) + v
         if type(self.loss) is CrossEntropy:
             return self.loss.value(z, y), *self.loss.value_and_gradient(outputs, y)
         return self.loss.value(z, y), self.loss.value(outputs, y), self.loss.gradient(outputs, y)
+
+
+def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from gnlib import kernels  # needs Triton
+
+    return kernels.cross_entropy_expansion(z, y, v, prox)
 
 
 @torch.no_grad()

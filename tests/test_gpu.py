@@ -182,17 +182,6 @@ def test_the_expansion_over_a_vocabulary_is_that_of_float64(
     assert _distance(u, expected[2]) < (4e-3 if dtype == torch.bfloat16 else 2e-6)  # u is rounded to v's dtype
 
 
-@pytest.mark.parametrize("prox", [False, True])
-@pytest.mark.parametrize("vocabulary", [301, 20_001, 40_001])
-def test_several_tangents_at_once_are_expanded_as_each_by_itself(vocabulary: int, prox: bool) -> None:
-    z, v, y = _logits(torch.bfloat16, vocabulary)
-    several = torch.stack([v, -v, 0.5 * v])
-    loss, values, u = kernels().cross_entropy_expansion(z, y, several.clone(), prox)
-    for i, one in enumerate(several):
-        expected = kernels().cross_entropy_expansion(z, y, one.clone(), prox)
-        assert torch.equal(loss, expected[0]) and torch.equal(values[i], expected[1]) and torch.equal(u[i], expected[2])
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", BOUNDS)
 def test_the_line_searchs_loss_agrees_with_float64(

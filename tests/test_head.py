@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import pytest
@@ -22,16 +21,13 @@ OBJECTIVES: list[type[LinearisedObjective]] = [GaussNewtonObjective, ProxLinearO
 TOKENS = 2 * LENGTH
 
 
-@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 4, TOKENS])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_chunks_of_any_size_give_the_derivatives_of_the_reference(
-    objective: type[LinearisedObjective], rows: int, together: bool, monkeypatch: pytest.MonkeyPatch
+    objective: type[LinearisedObjective], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the whole model, of its layers, and of the head alone, which leave out one part of the product each; the
-    layers below the head one by one and, as on a GPU, `together`."""
+    """Of the whole model, of its layers, and of the head alone, which leave out one part of the product each."""
     case = decoder_case()
-    monkeypatch.setattr(head, "triton_takes", lambda x: together)
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows * VOCABULARY)
     expand = objective(case.loss).expand
     anchor = case.anchor()
@@ -86,10 +82,8 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_chunks_cover_every_token_once_and_their_shares_add_up() -> None:
-    for tokens, powers in product((1, 5, 64, 100), (False, True)):
+    for tokens in (1, 5, 64, 100):
         for vocabulary in (1, 2**27, 2**28, 2**29 + 1):
-            chunks = list(head._chunks(tokens, vocabulary, powers))
-            largest = max(rows.stop - rows.start for rows, _ in chunks)
-            assert largest == 1 or largest * vocabulary <= head.CHUNK_ELEMENTS
+            chunks = list(head._chunks(tokens, vocabulary))
             assert [i for rows, _ in chunks for i in range(rows.start, rows.stop)] == list(range(tokens))
             assert sum(share for _, share in chunks) == pytest.approx(1.0, rel=1e-12)

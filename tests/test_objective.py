@@ -112,16 +112,6 @@ def test_a_loss_derived_from_cross_entropy_is_expanded_by_its_own_methods(object
     assert_close(u, torch.func.grad(model)(v))
 
 
-@pytest.mark.parametrize("objective", LINEARISED)
-def test_several_tangents_of_the_same_outputs_are_expanded_as_each_by_itself(objective: str) -> None:
-    z, v = direction({"z": torch.zeros(4, 5), "v": torch.zeros(3, 4, 5)}).values()
-    y, it = torch.tensor([0, 4, 2, 2]), LINEARISED[objective](CrossEntropy())
-    loss, values, cotangents = it.expand(z, y, v.clone())
-    for i, one in enumerate(v):
-        for found, expected in zip((loss, values[i], cotangents[i]), it.expand(z, y, one.clone()), strict=True):
-            assert torch.equal(found, expected)
-
-
 # ---------------------------------------------------------------- identities
 
 
