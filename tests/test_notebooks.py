@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 from gnlib import bench, compare, readme, results
+from gnlib.blocks import partition
 from gnlib.files import home
+from gnlib.flops import forward_units
 from gnlib.measures import largest_batch
-from gnlib.profiles import find_profile
+from gnlib.model import shapes_only
+from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
 from gnlib.studies import study_records, study_runs
 from gnlib.study import StudyError
@@ -198,9 +201,9 @@ def test_what_the_readme_says_of_the_largest_batch_is_that_of_the_shipped_record
     assert f"{said}{ratios['Muon']}, layerwise GN {ratios['Layerwise GN']}" in text
 
 
-def test_what_the_readme_says_of_layerwise_in_products_is_that_of_the_shipped_measurement() -> None:
-    counted = {(row["size"], row["method"]): row["tflop"] for row in bench.shipped("h200")}
-    shares = [counted[size, "layerwise"] / counted[size, "standard"] for size in ("45m", "150m")]
+def test_what_the_readme_says_of_layerwise_in_products_is_what_the_code_counts() -> None:
+    models = [shapes_only(run_config(profile, "layerwise")) for profile in ("paper-45m", "paper-150m")]
+    shares = [forward_units(model, partition(model, "layerwise")) / 3 for model in models]
     text = (home() / "README.md").read_text(encoding="utf-8")
     assert "layerwise is {:.1f} and {:.1f} standard steps".format(*shares) in text
 
