@@ -22,7 +22,7 @@ from gnlib.methods import METHODS, Changes
 from gnlib.optimizers import imported, source_hash, try_out
 from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
-from gnlib.results import by_method, crossing, curves, estimate, ratio
+from gnlib.results import by_method, curves, mean_steps, ratio
 from gnlib.studies import STUDIES, study_configs
 from gnlib.study import StudyError, find, run_study
 from gnlib.tune import SEED, STEPS, WARMUPS, Axis, Trials, entry_of, geometric, ladder, open_fields, search
@@ -179,12 +179,9 @@ def _references(profile: str, batch: int, seeds: Sequence[int], fresh: bool) -> 
 def best_baseline(references: Sequence[Record], target: float) -> str:
     """Label of the baseline that reaches the target in the fewest steps on average; empty without one."""
     groups = by_method(references)
-    steps = {"": math.inf}
-    for label in (method.label for method in METHODS.values() if not method.is_gauss_newton):
-        reached = [crossing(record, target) for record in groups.get(label, [])]
-        if reached and not any(c.censored for c in reached):
-            steps[label] = sum(c.steps for c in reached) / len(reached)
-    return min(steps, key=lambda label: steps[label])
+    labels = [method.label for method in METHODS.values() if not method.is_gauss_newton]
+    steps = {label: mean_steps(groups[label], target) for label in labels if label in groups}
+    return min((label for label in steps if not steps[label].censored), key=lambda label: steps[label].mean, default="")
 
 
 def table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -211,18 +208,13 @@ def _rows(comparison: Comparison) -> list[dict[str, Any]]:
             {
                 "batch (tokens)": comparison.tokens,
                 "reference": shown,
-                "steps": _steps(comparison.records, target),
-                "its steps": _steps(runs, target) if runs else "not run",
+                "steps": str(mean_steps(comparison.records, target)),
+                "its steps": str(mean_steps(runs, target)) if runs else "not run",
                 "ratio": str(over),
                 "n": over.n,
             }
         )
     return rows
-
-
-def _steps(records: Sequence[Record], target: float) -> str:
-    reached = [crossing(record, target) for record in records]
-    return str(estimate([c.steps for c in reached], [c.censored for c in reached]))
 
 
 def notes(comparisons: Sequence[Comparison]) -> list[str]:

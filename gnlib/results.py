@@ -161,6 +161,12 @@ def estimate(values: Sequence[float], censored: Sequence[bool] = ()) -> Estimate
     return Estimate(mean, t * deviation / math.sqrt(n), n, sum(censored))
 
 
+def mean_steps(records: Sequence[Record], target: float) -> Estimate:
+    """Steps to the target."""
+    reached = [crossing(record, target) for record in records]
+    return estimate([c.steps for c in reached], [c.censored for c in reached])
+
+
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Records grouped by label: the methods in the order of `methods.ALL_METHODS`, then variants as they come; seeds
     ascending."""
@@ -223,7 +229,7 @@ def summary(records: Sequence[Record], target: float, reference: str = "GN") -> 
                 "method": name,
                 "n": len(runs),
                 "reached": f"{len(runs) - sum(censored)} of {len(runs)}",
-                "steps": str(estimate([c.steps for c in reached], censored)),
+                "steps": str(mean_steps(runs, target)),
                 f"steps / {reference}": str(ratio(runs, base, target, lambda c: c.steps)),
                 "Mtokens": str(estimate([c.tokens / 1e6 for c in reached], censored)),
                 f"tokens / {reference}": str(ratio(runs, base, target, lambda c: c.tokens)),

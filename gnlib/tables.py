@@ -9,9 +9,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gnlib import results
 from gnlib.profiles import tuning
 from gnlib.record import Record
-from gnlib.results import Estimate, by_method, crossing, estimate, final_loss, steps_to_target
+from gnlib.results import Estimate, by_method, estimate, final_loss, steps_to_target
 from gnlib.variants import Setting, home_batch, key, setting_config
 
 if TYPE_CHECKING:
@@ -53,12 +54,7 @@ def by_batch(
 
 def mean_steps(target: float) -> Callable[[Sequence[Record]], Estimate]:
     """Steps to the target."""
-
-    def measure(records: Sequence[Record]) -> Estimate:
-        reached = [crossing(record, target) for record in records]
-        return estimate([c.steps for c in reached], [c.censored for c in reached])
-
-    return measure
+    return lambda records: results.mean_steps(records, target)
 
 
 def rates(records: Sequence[Record]) -> str:
