@@ -9,7 +9,7 @@ from statistics import median
 from gnlib.blocks import partition
 from gnlib.config import RunConfig
 from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
-from gnlib.flops import forward_units
+from gnlib.flops import gradient_units
 from gnlib.line_search import step_sizes
 from gnlib.model import shapes_only
 from gnlib.record import Record
@@ -53,7 +53,7 @@ def cost(config: RunConfig, steps: int | None = None) -> float:
     """Of a run of so many outer steps (all by default), in forward passes of a sequence, evaluation not included."""
     method, steps = config.method, config.outer_steps if steps is None else steps
     model = shapes_only(config)
-    units = 3.0 if method.objective == "loss" else forward_units(model, partition(model, method.blocks))
+    units = 3.0 if method.objective == "loss" else gradient_units(model, partition(model, method.blocks))
     if method.inner.optimizer == CONJUGATE_GRADIENT:  # the gradient, then products on a share of the batch
         units = 4.0 + 5.0 * method.inner.steps * float(method.inner.options.get("fraction", 0.125))
     searched = len(step_sizes(method.line_search)) * method.line_search.fraction if method.line_search else 0.0

@@ -8,7 +8,7 @@ from gnlib.model import Block, Decoder
 from gnlib.tangents import PROJECTIONS
 
 
-def forward_units(model: Decoder, blocks: Iterable[Sequence[str]]) -> float:
+def gradient_units(model: Decoder, blocks: Iterable[Sequence[str]]) -> float:
     """Of one primal pass and each block's tangent and pullback, in forward passes: 5 for all parameters as one block
     (5/3 of a standard step's 3)."""
     return 1.0 + sum(2 * tangent_flops(model, names) for names in blocks) / sum(model.layer_flops())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gnlib import head, pullbacks, tangents
-from gnlib.flops import forward_units
+from gnlib.flops import gradient_units
 from gnlib.head import Expansion
 from gnlib.model import Block, BlockTape, Decoder
 from gnlib.precision import compiled_once
@@ -225,7 +225,7 @@ class DecoderLinearisation(Linearisation):
         return u, found | self.run(pullbacks.last_before)(block, tape, together, names)
 
     def forward_units(self, names: Sequence[str]) -> float:
-        return forward_units(self.model, [names]) - 1.0
+        return gradient_units(self.model, [names]) - 1.0
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import pytest
 from gnlib import bench, compare, readme, results
 from gnlib.blocks import partition
 from gnlib.files import home
-from gnlib.flops import forward_units
+from gnlib.flops import gradient_units
 from gnlib.measures import largest_batch
 from gnlib.model import shapes_only
 from gnlib.profiles import find_profile, run_config
@@ -203,7 +203,7 @@ def test_what_the_readme_says_of_the_largest_batch_is_that_of_the_shipped_record
 
 def test_what_the_readme_says_of_layerwise_in_products_is_what_the_code_counts() -> None:
     models = [shapes_only(run_config(profile, "layerwise")) for profile in ("paper-45m", "paper-150m")]
-    shares = [forward_units(model, partition(model, "layerwise")) / 3 for model in models]
+    shares = [gradient_units(model, partition(model, "layerwise")) / 3 for model in models]
     text = (home() / "README.md").read_text(encoding="utf-8")
     assert "layerwise is {:.1f} and {:.1f} standard steps".format(*shares) in text
 
