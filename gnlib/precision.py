@@ -19,7 +19,10 @@ from gnlib.config import ComputeConfig
 def matmul_precision(compute: ComputeConfig, device: torch.device) -> AbstractContextManager[object]:
     """The context for forward passes and their derivatives; optimisers stay outside it, in full precision."""
     torch.set_float32_matmul_precision("high" if compute.precision == "tf32" else "highest")
-    return torch.autocast(device.type, torch.bfloat16) if compute.precision == "bf16" else nullcontext()
+    if compute.precision != "bf16":
+        return nullcontext()
+    # not cached: a line search moves the parameters in place, and would be given copies from before
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 @cache

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gnlib import head, pullbacks
-from gnlib.config import ComputeConfig
+from gnlib.config import ComputeConfig, LineSearchConfig
+from gnlib.line_search import line_search, move
 from gnlib.losses import CrossEntropy
 from gnlib.model import NORM_EPS, Decoder, merge, rope_table, rotate
 from gnlib.objective import GaussNewtonObjective, LinearisedObjective, ProxLinearObjective, forward_loss
@@ -196,6 +197,23 @@ def test_the_line_searchs_loss_agrees_with_float64(
     with matmul_precision(compute, torch.device("cuda")):
         found = forward_loss(CrossEntropy(), compiled)(model.to("cuda", torch.float32), inputs.cuda(), targets.cuda())
     assert found.item() == pytest.approx(expected.item(), rel=BOUNDS[precision] / 10)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_bf16_every_candidate_of_a_line_search_is_judged_by_its_own_weights(compiled: bool) -> None:
+    model = Decoder(301, 64, 96, 2, 2, 130)
+    model.initialise(0)
+    model.cuda()
+    inputs, targets = torch.randint(301, (2, 3, 130), generator=torch.Generator().manual_seed(1)).cuda()
+    anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+    target = {name: 0.5 * p for name, p in anchor.items()}
+    loss, bf16 = forward_loss(CrossEntropy(), compiled), ComputeConfig(precision="bf16", compile=compiled)
+    with matmul_precision(bf16, torch.device("cuda")):
+        found = line_search(model, loss, anchor, target, [(inputs, targets)], LineSearchConfig())
+    for candidate, searched in found.losses.items():
+        move(model, anchor, target, candidate)
+        with matmul_precision(bf16, torch.device("cuda")):
+            assert loss(model, inputs, targets).item() == searched
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-from cases import Case, regression_case
+from cases import Case, classifier_case, decoder_case, direction, regression_case
 from oracles import assert_all_close, assert_close
 from torch import Tensor, nn
 
-from gnlib.config import LineSearchConfig
+from gnlib.config import ComputeConfig, LineSearchConfig
 from gnlib.line_search import line_search, move, step_sizes
 from gnlib.objective import forward_loss
+from gnlib.precision import matmul_precision
 
 
 class Scripted(nn.Module):
@@ -184,3 +185,21 @@ def test_the_search_needs_no_gradients() -> None:
     batches = [(case.inputs, case.targets)]
     line_search(case.model, forward_loss(case.loss), case.anchor(), target, batches, LineSearchConfig())
     assert all(p.grad is None and p.requires_grad and p.is_leaf for p in case.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["decoder", "classifier"])
+def test_in_bf16_every_candidate_is_judged_by_its_own_weights(kind: str) -> None:
+    """Autocast would keep the rounded weights of the first candidate for all of them."""
+    case = decoder_case() if kind == "decoder" else classifier_case()
+    model, bf16, cpu = case.model.float(), ComputeConfig(precision="bf16"), torch.device("cpu")
+    inputs = case.inputs.float() if case.inputs.is_floating_point() else case.inputs
+    anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+    target = {name: p + direction(anchor)[name] for name, p in anchor.items()}
+    loss = forward_loss(case.loss)
+    with matmul_precision(bf16, cpu):
+        found = line_search(model, loss, anchor, target, [(inputs, case.targets)], LineSearchConfig())
+    for candidate, searched in found.losses.items():
+        move(model, anchor, target, candidate)
+        with matmul_precision(bf16, cpu):
+            assert loss(model, inputs, case.targets).item() == searched
+    assert len(set(found.losses.values())) == len(found.losses)
