@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +97,7 @@ def train(
     check(chosen)
     if "." in chosen.method.inner.optimizer:  # one's own
         try_out(chosen.method.inner)
-    chosen = pinned(chosen)  # what is wrong with the text is said before there is a bar
+    chosen = pinned(chosen, not quiet)  # what is wrong with the text is said before there is a bar
     with tqdm(total=chosen.outer_steps, desc=describe(chosen), unit="step", disable=quiet) as bar:
         record = train_run(chosen, on_row=lambda _, row: show_row(bar, row), keep_weights=keep_weights)
     last = record.rows[-1]
@@ -334,10 +336,10 @@ def _assignment(text: str, option: str = "--set") -> tuple[str, object]:
     field, equals, value = text.partition("=")
     if not (field and equals):
         raise ConfigError(f"{option} {text}: expected field=value")
-    try:
-        return field, json.loads(value)
-    except json.JSONDecodeError:
-        return field, value  # a bare word
+    for read in (json.loads, ast.literal_eval):  # also Python's False, None and (0.9, 0.95)
+        with suppress(ValueError, SyntaxError):
+            return field, read(value)
+    return field, value  # a bare word
 
 
 def _writable(path: Path | None) -> None:

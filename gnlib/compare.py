@@ -226,25 +226,33 @@ def notes(comparisons: Sequence[Comparison]) -> list[str]:
         short = {RATE: "lr", LENGTH: "steps", WARMUP: "warm-up"}
         chosen = ", ".join(f"{short[name]} {value:g}" for name, value in best.items())
         where = f"not bracketed: {', '.join(short[name] for name in beside)}" if beside else "interior"
-        lines.append(f"batch of {comparison.tokens} tokens: {chosen}; best of {len(comparison.trials)} trials, {where}")
+        options = "".join(f", {name}={value}" for name, value in _options(comparison).items())
+        best_of = f"best of {len(comparison.trials)} trials, {where}"
+        lines.append(f"batch of {comparison.tokens} tokens: {chosen}{options}; {best_of}")
         texts = {r.config.data.fingerprint for r in [*comparison.records, *comparison.references]}
         if len(texts) > 1:
             lines.append("  the references were run on another text (of another Python version); see --fresh")
         if any(record.status == "diverged" for record in comparison.records):
             lines.append("  its runs diverged: their steps are no bound")
-        if not comparison.references:
-            lines.append(f"  {_missing(comparison)}")
+        if missing := _missing(comparison):
+            lines.append(f"  {missing}")
     return lines
 
 
+def _options(comparison: Comparison) -> dict[str, Any]:
+    return comparison.records[0].config.method.inner.options
+
+
 def _missing(comparison: Comparison) -> str:
-    """Why there are no references, and what runs them."""
-    batches = find_profile(comparison.profile).batches
-    if comparison.batch not in (*batches, _sizes(comparison.profile)[0]):
-        return f"no study has references at this batch; allowed: {', '.join(map(str, batches))} sequences"
-    seeds = " ".join(str(record.config.seed) for record in comparison.records)
+    """Which references are not there, why, and what runs them; empty if all data orders have some."""
+    batches, batch = find_profile(comparison.profile).batches, comparison.batch
+    if batch not in (*batches, _sizes(comparison.profile)[0]):
+        allowed = ", ".join(map(str, batches))
+        return f"no study has references at this batch of {batch} sequences; allowed: {allowed} sequences"
+    there = {record.config.seed for record in comparison.references}
+    seeds = " ".join(str(seed) for record in comparison.records if (seed := record.config.seed) not in there)
     command = f"gnlib study {comparison.study} --profile {comparison.profile} --seeds {seeds}"
-    return f"the references are not run at this batch and data order; run: {command}"
+    return f"the references of data order {seeds} are not run at this batch; run: {command}" if seeds else ""
 
 
 def figure_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -259,10 +267,13 @@ def save(comparisons: Sequence[Comparison]) -> Path:
     first = comparisons[0]
     shown = figure_table(comparisons)
     target = find_profile(first.profile).target
-    figure = plots.curves_by_batch(shown, target, f"{first.path}, {first.profile} profile")
+    options = ", ".join(f"{name}={value}" for name, value in _options(first).items())
+    called = f"{first.path}({options})" if options else first.path
+    figure = plots.curves_by_batch(shown, target, f"{called}, {first.profile} profile")
     folder = data_folder() / "compare" / first.path
     plots.save(figure, shown, first.profile, first.profile, folder)
     report = {
+        "kwargs": _options(first),
         "ratios": table(comparisons).reset_index().to_dict("records"),
         "tuning": {c.tokens: entry_of(c.axes, c.trials) for c in comparisons},
     }

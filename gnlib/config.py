@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -22,7 +22,23 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line that names the field."""
 
 
-class Section(BaseModel):
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _OneLine(ModelMetaclass):
+    """A section that is called by itself refuses as a whole configuration does."""
+
+    def __call__(self, *arguments: Any, **fields: Any) -> Any:
+        try:
+            return super().__call__(*arguments, **fields)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from None
+
+
+class Section(BaseModel, metaclass=_OneLine):
     """Frozen; unknown names are errors, not silently dropped (a typo must not change what is measured)."""
 
     model_config = ConfigDict(

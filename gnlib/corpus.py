@@ -188,7 +188,10 @@ def _document(text: str, row: dict[str, Any], group: str | None, where: str) -> 
 def _jsonl(path: Path, group: str | None) -> Iterator[Document]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"data.source: {path}: line {number} is not JSON ({error.msg})") from None
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 raise ConfigError(f'data.source: {path}: line {number} is not an object with a string "text"')
             yield _document(row["text"], row, group, f"{path}: line {number}")

@@ -20,7 +20,7 @@ from gnlib.config import ConfigError, InnerConfig, LineSearchConfig, RunConfig
 from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
 from gnlib.linearise import linearise, outputs_of
 from gnlib.losses import ConvexLoss, CrossEntropy, MeanSquaredError
-from gnlib.optimizers import find
+from gnlib.optimizers import find, try_out
 from gnlib.outer_step import OuterStep, Purpose, StepInfo
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets of one forward pass
@@ -90,6 +90,8 @@ class GaussNewton:
             if inner != CONJUGATE_GRADIENT:
                 find(inner)  # or ConfigError with the near names
             inner = InnerConfig(optimizer=inner, lr=0.01, steps=32)
+        if "." in inner.optimizer:
+            try_out(inner)
         if isinstance(line_search, bool):
             line_search = LineSearchConfig() if line_search else None  # type: ignore[assignment]
         method = {"objective": objective, "blocks": blocks, "ridge": ridge, "line_search": line_search}
@@ -140,10 +142,17 @@ class GaussNewton:
         """Continue bit for bit, on the same device, where `state_dict` was taken; load the model's parameters too."""
         if list(state.get("solution", ())) != list(self.outer.solution):
             raise ConfigError("state: it belongs to a model with other parameters")
+        if _settings_of(state) != _settings_of(self.outer.state_dict()):
+            raise ConfigError("state: it belongs to another inner optimiser or other blocks")
         self.outer.load_state_dict(state)
 
     def _check_model(self, inputs: Tensor, targets: Tensor) -> None:
         """Before the first step, and again after model.train() or model.eval()."""
+        trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        changed = trainable.symmetric_difference(name for block in self.outer.blocks for name in block)
+        if changed:
+            name = min(changed)
+            raise ConfigError(f"model: {name} was frozen or unfrozen since GaussNewton was made; make another")
         modes = [module.training for module in self.model.modules()]
         if modes != self._checked:
             check_model(self.model, self.loss, inputs, targets)
@@ -158,6 +167,11 @@ def check_model(model: nn.Module, loss: ConvexLoss, inputs: Tensor, targets: Ten
             first, second = (outputs_of(model, inputs, buffers) for _ in range(2))
         except AttributeError as error:
             raise ConfigError(f"model: its output is neither a tensor nor has `logits` ({error})") from None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"model: its forward pass fails on these inputs ({reason})") from None
         changed = [name for name, buffer in buffers.items() if buffer._version]
         if changed:
             raise ConfigError(f"model: a forward pass changes {changed[0]} (BatchNorm in training?); use model.eval()")
@@ -165,6 +179,8 @@ def check_model(model: nn.Module, loss: ConvexLoss, inputs: Tensor, targets: Ten
             raise ConfigError(
                 "model: two forward passes differ (dropout?); use model.eval() or set its probability to 0"
             )
+        if type(loss) is CrossEntropy:
+            _check_classes(first, targets)
         loss.value(first, targets)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
@@ -174,6 +190,23 @@ def check_model(model: nn.Module, loss: ConvexLoss, inputs: Tensor, targets: Ten
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model: no forward-mode derivative, for attention use eager or sdpa ({reason})") from None
+
+
+def _check_classes(outputs: Tensor, targets: Tensor) -> None:
+    if targets.dtype != torch.int64:
+        raise ConfigError(f"cross_entropy: targets are class indices, torch.int64; got {targets.dtype}")
+    if targets.shape != outputs.shape[:-1]:
+        needed = f"outputs {list(outputs.shape)} need targets {list(outputs.shape[:-1])}"
+        raise ConfigError(f"cross_entropy: {needed}, got {list(targets.shape)}")
+    if targets.numel() and targets.max() >= outputs.shape[-1]:
+        raise ConfigError(f"cross_entropy: class {targets.max()} of outputs for {outputs.shape[-1]} classes")
+
+
+def _settings_of(state: dict[str, Any]) -> list[Any]:
+    """What tells the states of different inner optimisers or blocks apart."""
+    groups = [group for solver in state["solvers"] for part in solver for group in part["param_groups"]]
+    directions = (state["hessian_free"] or {}).get("directions")
+    return [[(sorted(group), len(group["params"])) for group in groups], directions and [len(d) for d in directions]]
 
 
 class _Batches:
@@ -210,7 +243,9 @@ def _check_batch(batch: Any) -> None:
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
     if not (pair and all(isinstance(part, Tensor) for part in batch)):
         raise ConfigError(f"batches: each must be a pair of tensors (inputs, targets), got {type(batch).__name__}")
-    targets = batch[1]
+    inputs, targets = batch
+    if not inputs.numel():
+        raise ConfigError("batches: one is empty")
     if not targets.is_floating_point() and targets.numel() and targets.min() < 0:
         raise ConfigError("batches: negative class indices (padding) cannot be targets; cut the sequences instead")
 

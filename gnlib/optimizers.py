@@ -11,7 +11,9 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +142,35 @@ def imported(path: str) -> type[Optimizer]:
 
 
 def source_hash(name: str) -> str | None:
-    """12 hex digits of the SHA-256 of the file that an import path's class is in; None for torch's and for names of the
-    registry."""
+    """12 hex digits of the SHA-256 of the file that an import path's class is in, and of the files that it imports from
+    the same folder or package; None for torch's and for names of the registry."""
     if name in registry or "." not in name or name.partition(".")[0] == "torch":
         return None
+    kind = imported(name)
     try:
-        path = inspect.getsourcefile(imported(name))
+        path = inspect.getsourcefile(kind)
     except TypeError:  # made by an extension module
         return None
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] if path and Path(path).exists() else None
+    if not path or not Path(path).exists():
+        return None
+    files = sorted({Path(path).resolve(), *_imported_beside(kind.__module__, Path(path).resolve())})
+    contents = [file.read_bytes() for file in files]
+    if len(contents) > 1:
+        contents = [hashlib.sha256(content).digest() for content in contents]
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:12]
+
+
+def _imported_beside(module: str, path: Path) -> set[Path]:
+    """What a module imports, and what that imports, as far as it lies below the folder that the module is found in; of
+    an installed package nothing, as its version speaks for it."""
+    depth = module.count(".") + (path.name == "__init__.py")
+    root = path.parents[depth]
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return set()
+    finder = ModuleFinder(path=[str(root)])
+    with suppress(ImportError, SyntaxError):
+        finder.import_hook(module)
+    return {Path(found.__file__).resolve() for found in finder.modules.values() if found.__file__}  # type: ignore[attr-defined]
 
 
 def try_out(inner: InnerConfig) -> None:

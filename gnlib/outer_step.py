@@ -123,12 +123,17 @@ class OuterStep:
 
     @torch.no_grad()
     def _start(self, anchor: dict[str, Tensor]) -> None:
+        """From the last inner solution, unless it is not finite: then, as without a warm start, afresh."""
         method = self.config.method
-        if method.objective == "loss" or not method.inner.warm_start:
+        afresh = not method.inner.warm_start or not self._is_finite()
+        if method.objective == "loss" or afresh:
             for name, theta in self.solution.items():
                 theta.copy_(anchor[name])
-        if method.objective != "loss" and not method.inner.warm_start:
+        if method.objective != "loss" and afresh:
             self._renew_solvers()
+
+    def _is_finite(self) -> bool:
+        return bool(torch.stack([theta.isfinite().all() for theta in self.solution.values()]).all())
 
     def _conjugate(self, stream: Stream, solver: HessianFree) -> tuple[float, float]:
         """Conjugate gradients on the whole outer batch; returns the loss at theta_t and the cost."""

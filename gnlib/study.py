@@ -29,7 +29,7 @@ from gnlib.files import data_folder, home, replacing
 from gnlib.methods import label
 from gnlib.profiles import records_folder
 from gnlib.record import Record, Row
-from gnlib.train import check, pinned, run_folder, start_config, train
+from gnlib.train import PARENT, check, pinned, run_folder, start_config, train
 
 POLL_SECONDS = 0.2
 _STARTING = Lock()
@@ -294,6 +294,7 @@ def _gpu(slot: int) -> str:
 
 
 def _spawn(command: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    environment |= {PARENT: str(os.getpid())}
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 

@@ -47,12 +47,21 @@ def run_folder(config: RunConfig) -> Path:
     return data_folder() / "runs" / config.run_id
 
 
-def pinned(config: RunConfig) -> RunConfig:
+PARENT = "GNLIB_PARENT"  # in the environment of a run that a study has started: the study's process
+
+
+def _orphaned() -> bool:
+    """Whether the study that started this process is gone, as with a notebook's kernel that was killed."""
+    parent = os.environ.get(PARENT)
+    return parent is not None and os.getppid() != int(parent)
+
+
+def pinned(config: RunConfig, progress: bool = True) -> RunConfig:
     """The configuration with its data prepared and their fingerprint filled in, which makes the run's name final.
 
     ConfigError if an outer batch is larger than the text: it would hold some sequences twice.
     """
-    files = prepare(config.data)
+    files = prepare(config.data, progress)
     if config.outer_batch > (most := files.sequences("train")):
         raise ConfigError(f"outer_batch: {config.outer_batch} sequences; allowed: at most the text's {most}")
     known = {"data.fingerprint": files.fingerprint, "method.inner.source": source_hash(config.method.inner.optimizer)}
@@ -166,6 +175,8 @@ class _Run:
             self._append(self._row(None), on_row)
         saved = time.monotonic()
         while self.method.done < last and not self._diverged() and not self._reached():
+            if _orphaned():
+                raise KeyboardInterrupt
             info = self._timed_step()
             if self.method.done % every == 0 or self.method.done == last or not math.isfinite(info.train_loss):
                 self._append(self._row(info), on_row)

@@ -267,6 +267,15 @@ def test_train_takes_numbers_words_and_null(gnlib: Call, home: Path) -> None:
     assert out.startswith("finished at step 1, validation loss ") and record.config.run_id in out
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("False", False), ("false", False), ("None", None), ("(0.9, 0.95)", (0.9, 0.95)), ("muon", "muon"), ("2", 2)],
+)
+def test_values_are_read_as_json_or_python_writes_them(text: str, value: object) -> None:
+    """`nesterov=False` must not become a text, which is true."""
+    assert cli._assignment(f"nesterov={text}") == ("nesterov", value)
+
+
 def test_train_shows_progress_unless_quiet(gnlib: Call) -> None:
     assert "1/1" in gnlib("train", *SHORT)[2]
 

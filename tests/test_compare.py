@@ -267,7 +267,25 @@ def test_references_that_are_missing_are_named_with_the_command_that_makes_them(
     assert list(table(found)["its steps"])[:3] == ["2.00", "not run", "not run"]
     small = [line for line in notes(found) if line.startswith("  ")]
     command = "gnlib study critical_batch_size --profile laptop --seeds 1"
-    assert small == [f"  the references are not run at this batch and data order; run: {command}"]
+    assert small == [f"  the references of data order 1 are not run at this batch; run: {command}"]
+
+
+def test_data_orders_without_references_are_named_beside_those_with(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped(home, [1])
+    runs_on(lambda config: 24.0, monkeypatch)
+    lines = notes(compare(EXAMPLE, "laptop", seeds=[1, 2], trials=2, batches=[LARGE]))
+    command = "gnlib study iteration_complexity --profile laptop --seeds 2"
+    assert lines[1:] == [f"  the references of data order 2 are not run at this batch; run: {command}"]
+
+
+def test_the_options_of_the_class_are_named_with_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs_on(bowl(0.02), monkeypatch)
+    kwargs = {"momentum": 0.9, "alpha": 0.95}
+    found = compare(EXAMPLE, "laptop", kwargs=kwargs, seeds=[1], trials=2, batches=[LARGE])
+    assert ", momentum=0.9, alpha=0.95; best of 2 trials" in notes(found)[0]
+    assert json.loads((save(found) / "laptop.json").read_text())["kwargs"] == kwargs
 
 
 def test_references_on_another_text_are_marked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +347,7 @@ def test_runs_that_diverged_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_that_no_study_has_is_named_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
     runs_on(lambda config: 24.0, monkeypatch)
     lines = notes(compare(EXAMPLE, "tiny", seeds=[1], trials=1, batches=[32]))
-    assert "  no study has references at this batch; allowed: 16, 64 sequences" in lines
+    assert "  no study has references at this batch of 32 sequences; allowed: 16, 64 sequences" in lines
 
 
 # ---------------------------------------------------------------- for real

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gnlib.config import ConfigError, LineSearchConfig, RunConfig
+from gnlib.config import ConfigError, InnerConfig, LineSearchConfig, RunConfig
 
 GAUSS_NEWTON: dict[str, Any] = {
     "model": {"width": 32, "heads": 2},
@@ -218,3 +218,19 @@ def test_a_missing_file_and_a_file_that_is_no_json_are_one_line_errors_that_name
         with pytest.raises(ConfigError) as error:
             RunConfig.load(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        (InnerConfig, {"steps": 0}, "steps: Input should be greater than 0 (got 0)"),
+        (InnerConfig, {"lrr": 1}, "lrr: no such field; "),
+        (LineSearchConfig, {"candidates": True}, "candidates: a number is needed (got True)"),
+    ],
+)
+def test_a_section_by_itself_refuses_in_one_line_as_a_whole_configuration_does(
+    section: type, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        section(**fields)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

@@ -162,7 +162,7 @@ def test_unreadable_sources_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "field.jsonl").write_text('{"text": "fine"}\n{"content": "wrong"}\n')
-    (tmp_path / "torn.jsonl").write_text('{"text": "fi')
+    (tmp_path / "torn.jsonl").write_text('{"text": "fine"}\n{"text": "fi')
     pq.write_table(pa.table({"content": ["wrong"]}), tmp_path / "column.parquet")
     for name in ("bad.txt.gz", "bad.txt.zst", "bad.parquet", "bad.parquet.gz"):
         (tmp_path / name).write_bytes(b"not what the name says")
@@ -172,7 +172,8 @@ def test_unreadable_sources_are_refused_in_one_line(tmp_path: Path) -> None:
     assert "no .txt" in refusal(str(tmp_path / "empty"))
     assert "line 2" in refusal(str(tmp_path / "field.jsonl"))
     assert "no column text among content" in refusal(str(tmp_path / "column.parquet"))
-    for name in ("latin.txt", "torn.jsonl", "bad.txt.gz", "bad.txt.zst", "bad.parquet", "bad.parquet.gz"):
+    assert "torn.jsonl: line 2 is not JSON" in refusal(str(tmp_path / "torn.jsonl"))
+    for name in ("latin.txt", "bad.txt.gz", "bad.txt.zst", "bad.parquet", "bad.parquet.gz"):
         message = refusal(str(tmp_path / name))
         assert "unreadable" in message and name in message
 

@@ -328,6 +328,28 @@ def test_the_state_of_another_model_is_refused() -> None:
         newton(linear_case().model, "mse").load_state_dict(state)
 
 
+@pytest.mark.parametrize("other", [{"blocks": "layerwise"}, {"inner": "muon"}, {"inner": "conjugate_gradient"}])
+def test_the_state_of_another_setting_is_refused_and_nothing_is_loaded(other: dict[str, Any]) -> None:
+    case = classifier_case()
+    first = newton(case.model)
+    first.step(batches(case.inputs, case.targets, 3))
+    optimizer = newton(classifier_case().model, **other)
+    assert "another inner optimiser or other blocks" in refused(lambda: optimizer.load_state_dict(first.state_dict()))
+    assert optimizer.outer.done == 0
+
+
+def test_after_a_batch_that_is_not_finite_the_next_step_starts_afresh() -> None:
+    """As one with the same batches by a new object: neither the inner solution nor the optimiser's state is kept."""
+    case = classifier_case()
+    lost, new = (newton(classifier_case().model) for _ in range(2))
+    info = lost.step([(case.inputs * float("nan"), case.targets)] * 3)
+    assert info.step_size == 0.0 and info.train_loss != info.train_loss
+    for optimizer in (lost, new):
+        optimizer.outer.done = 1
+        optimizer.step(batches(case.inputs, case.targets, 3))
+    assert all(torch.equal(p, parameters(new.model)[name]) for name, p in parameters(lost.model).items())
+
+
 # ---------------------------------------------------------------- what cannot work, in one line
 
 
@@ -353,6 +375,7 @@ def refused(run: Callable[[], Any]) -> str:
         ({"loss": "crossentropy"}, "loss: no loss 'crossentropy'; near or allowed: cross_entropy, or a ConvexLoss"),
         ({"inner": "moun"}, "no optimiser 'moun'; near or allowed: muon"),
         ({"inner": "torch.nn.Linear"}, "'torch.nn.Linear' is no torch.optim.Optimizer class"),
+        ({"inner": "torch.optim.LBFGS"}, "a trial step failed with TypeError"),
         ({"blocks": "rows"}, "method.blocks: "),
         ({"objective": "newton"}, "method.objective: "),
         ({"precision": "fp8"}, "compute.precision: "),
@@ -370,6 +393,18 @@ def test_a_setting_that_does_not_exist_or_fit_is_refused_at_once(settings: dict,
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:
     assert "no trainable parameter" in refused(lambda: newton(classifier_case().model.requires_grad_(False)))
+
+
+@pytest.mark.parametrize("frozen_first", [False, True])
+def test_parameters_frozen_or_unfrozen_later_are_refused_by_name(frozen_first: bool) -> None:
+    case = classifier_case()
+    name, parameter = next(iter(case.model.named_parameters()))
+    parameter.requires_grad_(not frozen_first)
+    optimizer = newton(case.model)
+    optimizer.step(batches(case.inputs, case.targets, 3))
+    parameter.requires_grad_(frozen_first)
+    line = refused(lambda: optimizer.step(batches(case.inputs, case.targets, 3)))
+    assert line == f"model: {name} was frozen or unfrozen since GaussNewton was made; make another"
 
 
 def test_steps_beyond_the_schedule_are_refused() -> None:
@@ -393,6 +428,11 @@ PAIR = (classifier_case().inputs, classifier_case().targets)
         ([[PAIR[0]] * 3], "each must be a pair of tensors (inputs, targets), got Tensor"),
         ([[{"input_ids": PAIR[0]}] * 3], "each must be a pair of tensors (inputs, targets), got dict"),
         ([[(PAIR[0], PAIR[1] - 100)] * 3], "negative class indices (padding)"),
+        ([[(PAIR[0], PAIR[1] + 100)] * 3], "of outputs for"),
+        ([[(PAIR[0], PAIR[1].int())] * 3], "targets are class indices, torch.int64; got torch.int32"),
+        ([[(PAIR[0], PAIR[1][:-1])] * 3], "need targets"),
+        ([[(PAIR[0][..., :-1], PAIR[1])] * 3], "its forward pass fails on these inputs ("),
+        ([[(PAIR[0][:0], PAIR[1][:0])] * 3], "one is empty"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused_and_nothing_moves(given: list, message: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from gnlib.blocks import hidden_matrices
 from gnlib.config import ConfigError, InnerConfig
-from gnlib.optimizers import Solver, find, registry
+from gnlib.optimizers import Solver, find, registry, source_hash
 
 SHAPES = {"tall": (6, 3), "wide": (3, 6), "vector": (5,), "square": (4, 4)}
 MATRICES = {"tall", "wide", "square"}
@@ -310,3 +312,35 @@ def test_every_entry_has_a_label_and_a_source() -> None:
     for name, entry in registry.items():
         assert find(name) is entry
         assert entry.label and entry.source
+
+
+def test_the_hash_of_an_optimiser_of_ones_own_follows_the_files_that_it_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, from a package, and what those import in turn; not what only lies beside them."""
+    (tmp_path / "hashed").mkdir()
+    texts = {
+        "hashed/__init__.py": "", "hashed/own.py": "import torch\nfrom . import near\nfrom .near import SCALE\n"
+        "class Own(torch.optim.SGD):\n    pass\n", "hashed/near.py": "import hashed.far\nSCALE = 1.0\n",
+        "hashed/far.py": "FAR = 1\n", "hashed/beside.py": "UNUSED = 1\n",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = source_hash("hashed.own.Own")
+    changed = {}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text + "# edited\n")
+        changed[name] = source_hash("hashed.own.Own") != before
+        (tmp_path / name).write_text(text)
+    assert source_hash("hashed.own.Own") == before
+    assert {name for name in changed if not changed[name]} == {"hashed/beside.py"}
+
+
+def test_the_hash_of_a_file_that_imports_nothing_beside_it_is_that_of_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = b"import torch\nclass Alone(torch.optim.SGD):\n    pass\n"
+    (tmp_path / "hashed_alone.py").write_bytes(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert source_hash("hashed_alone.Alone") == hashlib.sha256(text).hexdigest()[:12]

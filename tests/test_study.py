@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -163,6 +164,23 @@ def test_less_than_one_job_is_refused(launched: list[list[str]]) -> None:
     with pytest.raises(ConfigError, match="jobs: 0; at least 1"):
         run_study([short("adamw")], "tiny", jobs=0)
     assert not launched
+
+
+def test_a_run_knows_the_study_that_has_started_it(tmp_path: Path) -> None:
+    code = "import os; print(os.environ['GNLIB_PARENT'] == str(os.getppid()))"
+    with open(tmp_path / "log", "wb") as log:
+        study._spawn([sys.executable, "-c", code], dict(os.environ), log).wait()
+    assert (tmp_path / "log").read_text() == "True\n"
+
+
+def test_a_run_whose_study_is_gone_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a notebook's kernel that is killed: nobody else would stop it."""
+    config = run_config("tiny", "adamw", 7, {"start.chinchilla_fraction": 0.0})
+    monkeypatch.setenv("GNLIB_PARENT", str(os.getpid()))
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.setenv("GNLIB_PARENT", str(os.getppid()))
+    assert train(config).status == "finished"
 
 
 def test_interrupting_a_study_ends_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
