@@ -78,7 +78,7 @@ def identity(source: str) -> list[str]:
         root = docstrings.library()
         return [sys.version, *(_summary(path, root) for path in docstrings.sources(root))]
     folder = located(source)
-    return [_summary(path, folder) for path in _files(str(folder))]
+    return [_summary(path, folder) for path in _files(source)]
 
 
 def one_line(error: BaseException) -> str:
@@ -103,7 +103,8 @@ def _files(source: str) -> list[Path]:
             raise ConfigError(f"data.source: no {', '.join(EXTENSIONS)} file in the folder {source}")
         return files
     if not path.exists():
-        raise ConfigError(f"data.source: {source}: no such file or source; {_ALLOWED}")
+        where = "" if Path(source).is_absolute() else f" here or in {home()}"
+        raise ConfigError(f"data.source: {source}: no such source, nor a file{where}; {_ALLOWED}")
     if not path.name.endswith(EXTENSIONS):
         raise ConfigError(f"data.source: {source}: unknown extension; allowed: {', '.join(EXTENSIONS)}")
     return [path]
