@@ -120,7 +120,7 @@ class HessianFree:
         self, index: int, theta_t: dict[str, Tensor], gradient: Tensor, batches: Batches
     ) -> tuple[Solution, float]:
         """Conjugate gradients on one block, and their cost."""
-        curved, damping = batches[: max(1, round(self.fraction * len(batches)))], self.dampings[index]
+        curved, damping = batches[: curved_batches(self.fraction, len(batches))], self.dampings[index]
 
         def product(d: Tensor) -> Tensor:
             delta = _split(d, theta_t)
@@ -145,6 +145,21 @@ class HessianFree:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.dampings = list(state["dampings"])
         self.directions = [d.to(own) for d, own in zip(state["directions"], self.directions, strict=True)]
+
+
+def curved_batches(fraction: float, count: int) -> int:
+    """How many of an outer batch's `count` micro-batches the curvature is measured on."""
+    return max(1, round(fraction * count))
+
+
+def most_passes(blocks_units: Sequence[float], method: MethodConfig, micro_batches: int) -> float:
+    """Of an outer step that takes all its iterations, in forward passes of each sequence of the outer batch.
+
+    The gradient, then for each block the loss at the new point and the products, one of them for the residual at the
+    start; `blocks_units` are those of each block's gradient (`flops.gradient_units`).
+    """
+    share = curved_batches(_checked(method.inner.options)["fraction"], micro_batches) / micro_batches
+    return 3.0 + sum(1.0 + (1 + method.inner.steps) * share * units for units in blocks_units)
 
 
 def adjustment(change: float, predicted: float) -> float:

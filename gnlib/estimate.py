@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -9,6 +10,7 @@ from statistics import median
 from gnlib.blocks import partition
 from gnlib.config import RunConfig
 from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
+from gnlib.conjugate_gradient import most_passes
 from gnlib.flops import gradient_units
 from gnlib.line_search import step_sizes
 from gnlib.model import shapes_only
@@ -50,12 +52,15 @@ def estimate(configs: Sequence[RunConfig], measured: Iterable[Record]) -> Cost:
 
 
 def cost(config: RunConfig, steps: int | None = None) -> float:
-    """Of a run of so many outer steps (all by default), in forward passes of a sequence, evaluation not included."""
+    """Of a run of so many outer steps (all by default), in forward passes of a sequence, evaluation not included; with
+    conjugate gradients at most, as they may end before their last iteration."""
     method, steps = config.method, config.outer_steps if steps is None else steps
     model = shapes_only(config)
-    units = 3.0 if method.objective == "loss" else gradient_units(model, partition(model, method.blocks))
-    if method.inner.optimizer == CONJUGATE_GRADIENT:  # the gradient, then products on a share of the batch
-        units = 4.0 + 5.0 * method.inner.steps * float(method.inner.options.get("fraction", 0.125))
+    blocks = partition(model, method.blocks)
+    units = 3.0 if method.objective == "loss" else gradient_units(model, blocks)
+    if method.inner.optimizer == CONJUGATE_GRADIENT:
+        micro_batches = math.ceil(config.outer_batch / config.compute.micro_batch)
+        units = most_passes([gradient_units(model, [block]) for block in blocks], method, micro_batches)
     searched = len(step_sizes(method.line_search)) * method.line_search.fraction if method.line_search else 0.0
     return steps * config.outer_batch * (units + searched)
 

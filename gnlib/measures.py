@@ -44,14 +44,18 @@ def _failed(record: Record, target: float) -> bool:
 
 
 def early_lead(groups: Groups, target: float) -> Estimate:
-    """Share of the way from start to target that the best baseline has made by the step at which GN has made half."""
+    """Share of the way from start to target that the best baseline has made by the step at which GN has made half.
+
+    NaN where on a seed GN never has, or every baseline has diverged by then.
+    """
     others = [record for name in BASELINES for record in _named(groups, name)]
     shares = []
     for record in _named(groups, "gauss_newton"):
         start = record.rows[0]["val_loss"] or math.nan
         half_way = crossing(record, (start + target) / 2)
-        losses = [_loss_at(other, half_way.steps) for other in others if other.config.seed == record.config.seed]
-        shares.append(math.nan if half_way.censored else (start - min(losses)) / (start - target))
+        best = min(_loss_at(other, half_way.steps) for other in others if other.config.seed == record.config.seed)
+        said = not half_way.censored and math.isfinite(best)
+        shares.append((start - best) / (start - target) if said else math.nan)
     return estimate(shares)
 
 

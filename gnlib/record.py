@@ -59,7 +59,7 @@ class Record:
 
 
 def read(path: Path) -> Record | None:
-    """The record in a file, without a torn last line; None if there is not even a first line."""
+    """The record in a file, without a torn last line; None if there is not even a first line of a record."""
     lines = _whole_lines(path)
     first = next(lines, {})
     if "config" not in first:
@@ -88,7 +88,7 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
                 parsed = json.loads(line)
             except json.JSONDecodeError:
                 return
-            if not line.endswith("\n"):
+            if not line.endswith("\n") or not isinstance(parsed, dict):
                 return
             yield parsed
 

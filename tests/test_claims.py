@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,6 +99,18 @@ def test_a_claim_whose_bound_is_missed_does_not_hold(home: Path, monkeypatch: py
     assert about(rows, "Muon needs").holds is True
 
 
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.claim)
+def test_the_bound_of_a_claim_is_the_number_in_its_text(question: Question) -> None:
+    said = [float(number) for number in re.findall(r"(\d+(?:\.\d+)?)(?=x| %| nats)", question.claim)]
+    bound = question.at_least if question.at_least is not None else question.at_most
+    assert bound is not None
+    allowed = [v for number in said for v in (number, number / 100, 1 - number / 100)]
+    allowed += [0.25] * ("a quarter" in question.claim) + [1.0] * (not said)
+    assert any(math.isclose(bound, value) for value in allowed)
+    most = bool(re.search(r"at most|is below those|outer step beats", question.claim))
+    assert (question.at_least is None, question.at_most is None) == (most, not most)
+
+
 def test_a_claim_with_a_record_missing_or_unfinished_is_not_run_and_others_are(home: Path) -> None:
     path = ship(home)["layerwise 2"]
     whole = path.read_text().splitlines(keepends=True)
@@ -136,6 +149,14 @@ def test_a_critical_batch_needs_no_records_beyond_the_batch_where_scaling_fails(
     answer = about(claims("tiny", seeds=[1]), words)
     assert answer.holds is True and answer.ours is not None and answer.ours.startswith("≥ ")
     assert about(claims("tiny", seeds=[1]), "AdamW's critical batch").holds == NOT_RUN
+
+
+def test_the_claim_at_the_largest_batch_needs_that_batch_alone(home: Path) -> None:
+    largest = find_profile("tiny").batches[-1]
+    for setting, config in study_runs("critical_batch_size", "tiny", [1], ["gauss_newton", "soap"]):
+        if setting.batch == largest:
+            ship_as(home, config, made(setting.name, reaching(2 if setting.is_gauss_newton else 12), 1))
+    assert (about(claims("tiny", seeds=[1]), "At the largest batch SOAP").ours or "").startswith("6.00")
 
 
 def test_batches_count_up_to_the_first_whose_runs_are_missing() -> None:
@@ -202,13 +223,16 @@ def test_tokens_to_the_final_loss_of_a_run_that_diverged_are_no_figure(loss: flo
     assert about(claims("tiny", seeds=[1]), "SinkGD").holds == UNDECIDED
 
 
-def test_the_step_cost_is_gauss_newtons_at_the_size_where_it_costs_most(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_step_cost_is_gauss_newtons_at_the_size_where_it_costs_most_wherever_it_stands(
+    order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     costs = [("small", "gn", 1.5), ("large", "gn", 1.7), ("large", "layerwise", 7.9), ("small", "layerwise", 4.0)]
     rows = [
         {"size": size, "method": method, "precision": "bf16", "ratio_to_standard": ratio, "n": 20}
         for size, method, ratio in costs
     ]
-    monkeypatch.setattr(bench, "shipped", lambda profile: rows)
+    monkeypatch.setattr(bench, "shipped", lambda profile: rows[::order])
     answer = about(claims("tiny"), "inner step")
     assert (answer.ours, answer.holds, answer.n) == ("1.70 (large, bf16)", True, 20)
 
@@ -339,9 +363,18 @@ def test_the_early_lead_is_paired_by_seed() -> None:
     assert (found.mean, found.n) == (pytest.approx((0.15 + 0.75) / 2), 2)
 
 
-def test_a_baseline_that_has_diverged_by_then_has_no_early_lead() -> None:
-    found = lead(gauss_newton=HALF_WAY, soap=[6.0, 4.1, None], adamw=[6.0, 6.0, 5.8, 5.0])
+@pytest.mark.parametrize("gone", ["muon", "soap", "adamw"])
+def test_whichever_baseline_has_diverged_by_then_the_early_lead_is_that_of_the_others(gone: str) -> None:
+    others: dict[str, list[float | None]] = {name: [6.0, 6.0, 5.8, 5.0] for name in ("muon", "soap", "adamw")}
+    found = lead(gauss_newton=HALF_WAY, **(others | {gone: [6.0, 4.1, None]}))
     assert found.mean == pytest.approx(0.05)
+
+
+def test_where_every_baseline_has_diverged_by_then_nothing_is_said_of_the_early_lead(home: Path) -> None:
+    gone: list[float | None] = [6.0, 5.9, None]
+    assert math.isnan(lead(gauss_newton=HALF_WAY, muon=gone, soap=gone, adamw=gone).mean)
+    ship(home, gauss_newton=HALF_WAY, muon=gone, soap=gone, adamw=gone)
+    assert about(claims("tiny", seeds=SEEDS), "half-way").holds == UNDECIDED
 
 
 def test_there_is_no_early_lead_to_speak_of_when_gauss_newton_never_gets_half_way(home: Path) -> None:

@@ -123,6 +123,16 @@ def test_wrong_arguments_are_refused_by_name_with_what_is_allowed(
     assert not set("│╭─") & set(line) and not files(home)
 
 
+def test_the_one_line_of_a_box_is_the_same_with_and_without_lines_to_draw_it_with() -> None:
+    meant = ["Perhaps you meant:", "--json PATH", "--json again"]
+    parts = ["Unrecognized options: --jsn.", "", "A second paragraph.", "{}", *meant]
+    drawn = ["╭─ Parsing error ─╮", *(f"│ {row.format('─' * 14):<14} │" for row in parts), "╰─╯"]
+    plain = ["Parsing error", "-" * 13, *(row.format("-" * 14) for row in parts)]
+    for box in (drawn, plain):
+        assert arguments.one_line("\n".join(box)) == "Unrecognized options: --jsn; near: --json"
+    assert arguments.one_line("\n-- \n") == "--" and arguments.one_line("one\nrule\n-\ntwo") == "- two"
+
+
 def test_what_a_command_says_while_it_runs_is_not_held_back_by_the_parsing(
     gnlib: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,18 +12,20 @@ from typing import Any
 import pytest
 import torch
 from test_results import made
+from test_study import of
 from test_tune import TARGET, ran
 
 from gnlib import cli
 from gnlib import compare as comparing
 from gnlib import record as records
-from gnlib.compare import EXAMPLE, compare, notes, save, scaled, start_of, table
+from gnlib.compare import EXAMPLE, best_baseline, compare, figure_table, notes, save, scaled, start_of, table
 from gnlib.config import RunConfig
 from gnlib.export import export
 from gnlib.optimizers import Solver
 from gnlib.profiles import run_config
 from gnlib.record import Record
 from gnlib.study import StudyError
+from gnlib.train import run_folder
 
 LARGE, LITTLE = 2048, 128  # sequences: the laptop's outer batch and a sixteenth
 
@@ -89,6 +91,11 @@ def test_at_another_batch_lengths_scale_with_the_root_of_the_ratio_and_the_rate_
     assert scaled(small, LARGE) == start
 
 
+def test_at_a_larger_batch_the_loss_is_still_evaluated_at_least_every_step() -> None:
+    start = start_of(EXAMPLE, "laptop", {})
+    assert start["evaluation.every"] == 1 and scaled(start, 16 * LARGE)["evaluation.every"] == 1
+
+
 # ---------------------------------------------------------------- the search
 
 
@@ -138,6 +145,27 @@ def test_a_repeated_comparison_walks_the_same_trials(monkeypatch: pytest.MonkeyP
     count = len(runs.rounds)
     compare(EXAMPLE, "laptop", trials=6)
     assert runs.rounds[:count] == runs.rounds[count:]
+
+
+def test_batches_are_walked_from_the_largest_whatever_order_they_are_named_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = runs_on(bowl(0.02), monkeypatch)
+    found = compare(EXAMPLE, "laptop", trials=1, batches=[LITTLE, LARGE])
+    assert [c.batch for c in found] == [LARGE, LITTLE] and runs.rounds[0][0].outer_batch == LARGE
+
+
+def test_a_comparison_passes_on_whether_to_run_afresh_and_how_many_runs_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[bool, int]] = []
+    runs = Runs(bowl(0.02))
+
+    def run(configs: Sequence[RunConfig], fresh: bool, jobs: int, **_: Any) -> list[Record]:
+        asked.append((fresh, jobs))
+        return runs(configs)
+
+    monkeypatch.setattr(comparing, "run_study", run)
+    compare(EXAMPLE, "laptop", trials=1, batches=[LARGE], fresh=True, jobs=3)
+    assert set(asked) == {(True, 3)}
 
 
 # ---------------------------------------------------------------- what cannot be compared
@@ -246,16 +274,16 @@ def test_several_seeds_have_an_interval_and_a_run_above_the_target_gives_a_bound
     assert list(found["ratio"]) == ["≥ 16.00", "≥ 8.00", "≥ 4.00"] and set(found["steps"]) == {"≥ 32.00"}
 
 
-def test_the_best_baseline_is_that_of_the_least_mean_and_none_that_misses_the_target(home: Path) -> None:
-    runs = {"soap": [4.0, 8.0, 9.0], "muon": [9.0, 9.0], "adamw": [3.0]}
-    references = [
-        ran(run_config("laptop", name, i), steps) for name, each in runs.items() for i, steps in enumerate(each)
-    ]
-    for record in references:
-        record.config = record.config.replace(outer_steps=100)
-    references[-1].rows[-1]["val_loss"] = TARGET + 1
-    assert comparing.best_baseline(references, TARGET) == "SOAP"
-    assert comparing.best_baseline(references[-1:], TARGET) == ""
+def test_the_best_baseline_is_that_of_the_least_mean_not_of_the_best_seed_nor_one_that_misses_on_a_seed() -> None:
+    def runs(name: str, *steps: float) -> list[Record]:
+        return [ran(run_config("laptop", name, i, {"outer_steps": 100}), s) for i, s in enumerate(steps)]
+
+    muon, missed = runs("muon", 9.0, 9.0), runs("soap", 4.0, 4.0)
+    assert best_baseline([*runs("soap", 4.0, 8.0, 9.0), *muon], TARGET) == "SOAP"
+    assert best_baseline([*runs("soap", 4.0, 20.0), *muon], TARGET) == "Muon"
+    missed[1].rows[-1]["val_loss"] = TARGET + 1
+    assert best_baseline([*missed, *muon], TARGET) == "Muon"
+    assert best_baseline(missed, TARGET) == ""
 
 
 def test_references_that_are_missing_are_named_with_the_command_that_makes_them(
@@ -295,6 +323,24 @@ def test_references_on_another_text_are_marked(home: Path, monkeypatch: pytest.M
     assert len(notes([found])) == 1
     found.records[0].config = found.records[0].config.replace({"data.fingerprint": "0123456789abcdef"})
     assert "another text" in notes([found])[1]
+
+
+def test_fresh_references_are_rather_those_of_this_machine_and_missing_ones_are_shipped(home: Path) -> None:
+    wanted = comparing.study_configs("iteration_complexity", "tiny", [1])
+    batch = run_config("tiny", "adamw").outer_batch
+    for config in wanted:
+        records.write(home / "data" / "records" / "tiny" / f"{config.recipe_id}.jsonl", of(config, loss=4.0))
+    records.write(run_folder(wanted[0]) / "record.jsonl", of(wanted[0], loss=3.0))
+    for fresh, first in ((False, 4.0), (True, 3.0)):
+        found, _ = comparing._references("tiny", batch, [1], fresh)
+        assert [record.rows[-1]["val_loss"] for record in found] == [first, *[4.0] * (len(wanted) - 1)]
+
+
+def test_the_figure_has_the_references_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped(home, [1])
+    runs_on(lambda config: 24.0, monkeypatch)
+    found = figure_table(compare(EXAMPLE, "laptop", seeds=[1], trials=1, batches=[LARGE]))
+    assert set(found["method"]) == {"GN", "Layerwise GN", "Muon", "SOAP", "AdamW", EXAMPLE}
 
 
 def test_the_report_is_a_figure_with_its_table_and_a_file_for_programs(

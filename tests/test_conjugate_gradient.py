@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from cases import KINDS, Case, ListStream, linear_case, normal, run_config
+from cases import KINDS, Case, ListStream, classifier_case, linear_case, normal, run_config
 from oracles import Subproblem, assert_all_close, assert_close, flatten, unflatten
 from torch import Tensor
 
 from gnlib.blocks import partition
 from gnlib.config import ConfigError, RunConfig
-from gnlib.conjugate_gradient import HessianFree, adjustment, conjugate_gradient
+from gnlib.conjugate_gradient import OPTIONS, HessianFree, adjustment, conjugate_gradient, curved_batches
 from gnlib.outer_step import OuterStep
 
 
@@ -78,6 +79,30 @@ def test_iterations_end_where_the_last_ten_lowered_the_model_by_less_than_their_
     assert 11 < stopped.iterations == small[0] < 59
 
 
+def test_beyond_a_hundred_iterations_the_window_is_a_tenth_of_them() -> None:
+    """A spectrum on which the last ten iterations and the last tenth of all decide at different places."""
+    size, tolerance = 300, 1e-3
+    diagonal, gradient = torch.logspace(0, 5, size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
+
+    def at(most: int, bound: float) -> Tensor:
+        return conjugate_gradient(lambda d: diagonal * d, gradient, torch.zeros_like(gradient), most, bound).direction
+
+    values = [(gradient @ d + d @ (diagonal * d) / 2).item() for d in (at(most, 0.0) for most in range(220))]
+
+    def first(window: Callable[[int], int]) -> int:
+        pairs = [(i, window(i)) for i in range(11, 220)]
+        return next(i for i, k in pairs if i > k and (values[i] - values[i - k]) / values[i] < k * tolerance)
+
+    found = conjugate_gradient(lambda d: diagonal * d, gradient, torch.zeros_like(gradient), 220, tolerance)
+    assert found.iterations == first(lambda i: max(10, i // 10)) > 110 and found.iterations != first(lambda i: 10)
+
+
+def test_from_the_solution_the_first_iteration_that_may_be_the_last_is_the_eleventh() -> None:
+    matrix, gradient = positive_definite(60), vector(60)
+    start = -torch.linalg.solve(matrix, gradient) + 1e-6 * vector(60, seed=3)
+    assert conjugate_gradient(lambda d: matrix @ d, gradient, start, 60, 5e-4).iterations == 11
+
+
 def test_at_the_minimum_nothing_moves() -> None:
     matrix, gradient = positive_definite(5), torch.zeros(5, dtype=torch.float64)
     found = conjugate_gradient(lambda d: matrix @ d, gradient, gradient, 10, 0.0)
@@ -107,6 +132,14 @@ def test_the_damping_follows_the_reduction_ratio() -> None:
     assert adjustment(math.nan, -1.0) == adjustment(math.inf, -1.0) == adjustment(-0.5, 0.0) == 1.5
 
 
+def test_the_damping_changes_at_a_quarter_and_at_three_quarters() -> None:
+    assert [adjustment(-r, -1.0) for r in (0.24, 0.26, 0.74, 0.76)] == [1.5, 1.0, 1.0, pytest.approx(2 / 3)]
+
+
+def test_what_no_record_names_has_the_values_that_were_run() -> None:
+    assert OPTIONS == {"damping": 0.1, "tolerance": 5e-4, "fraction": 0.125}
+
+
 def test_a_quadratic_loss_is_predicted_exactly_so_that_the_damping_falls() -> None:
     case = linear_case()
     solver = hessian_free(case, damping=1e-6)
@@ -128,6 +161,10 @@ def test_curvature_may_come_from_a_share_of_the_batch_and_the_gradient_never_doe
     assert_close(found, -torch.linalg.solve(damped, gradient), 1e-6)
 
 
+def test_the_share_of_the_batch_is_the_nearest_whole_number_of_micro_batches_and_at_least_one() -> None:
+    assert [curved_batches(fraction, 8) for fraction in (0.01, 0.125, 0.4, 0.45, 1.0)] == [1, 1, 3, 4, 8]
+
+
 def test_with_several_micro_batches_gradient_curvature_and_loss_are_means_over_them(case: Case) -> None:
     moved = case.inputs.roll(1, 0) if case.inputs.is_floating_point() else (case.inputs + 1) % 7
     batches = [(case.inputs, case.targets), (moved, case.targets)]
@@ -140,6 +177,29 @@ def test_with_several_micro_batches_gradient_curvature_and_loss_are_means_over_t
     gradient = (first.jacobian.T @ first.g + second.jacobian.T @ second.g) / 2
     damped = (first.curvature + second.curvature) / 2 + 0.3 * torch.eye(len(gradient), dtype=torch.float64)
     assert_close(flatten(solution) - flatten(case.anchor()), -torch.linalg.solve(damped, gradient), 1e-6)
+
+
+def test_each_block_keeps_its_own_damping_and_direction_and_its_change_is_that_of_the_whole_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes: list[float] = []
+
+    def seen(change: float, predicted: float) -> float:
+        changes.append(change)
+        return 1.0 + len(changes)
+
+    monkeypatch.setattr("gnlib.conjugate_gradient.adjustment", seen)
+    case = classifier_case()
+    batches = [(case.inputs, case.targets), (case.inputs.roll(1, 0), case.targets)]
+    solver, anchor, solution = hessian_free(case, "layerwise", damping=0.3), case.anchor(), case.anchor()
+    loss, _ = solver.solve(solution, batches)
+    blocks = partition(case.model, "layerwise")
+    assert len(blocks) > 1 and solver.dampings == pytest.approx([0.3 * (2 + i) for i in range(len(blocks))])
+    for block, direction, change in zip(blocks, solver.directions, changes, strict=True):
+        assert_close(direction, flatten({n: solution[n] - anchor[n] for n in block}), 1e-12)
+        point = {n: solution[n] for n in block}
+        losses = [case.loss.value(torch.func.functional_call(case.model, point, (x,)), y).item() for x, y in batches]
+        assert change == pytest.approx(sum(losses) / 2 - loss, rel=1e-9)
 
 
 # ---------------------------------------------------------------- the outer step

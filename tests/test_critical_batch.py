@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import pytest
 from test_results import made
 
-from gnlib.critical_batch import critical, critical_batch, fit, table
+from gnlib.critical_batch import CriticalBatch, critical, critical_batch, fit, table
 from gnlib.record import Record
 from gnlib.results import Crossing
 
@@ -102,10 +102,16 @@ def test_a_bound_is_said_to_be_one_and_has_no_interval() -> None:
     assert (two.mean, two.low, two.high) == (pytest.approx(2048), two.mean, two.mean)
 
 
+def test_a_critical_batch_prints_its_interval_from_low_to_high_and_one_seed_has_none() -> None:
+    assert str(CriticalBatch(2e6, 1e6, 4e6, 3)) == "2 M (1 M to 4 M)"
+    assert str(CriticalBatch(2e6, 2e6, 2e6, 1)) == "2 M"
+
+
 def test_the_fit_recovers_floor_and_slope() -> None:
     assert fit(runs(lambda b: 3 + 9000 / b), TARGET) == (pytest.approx(3), pytest.approx(9000))
     assert fit(runs(lambda b: 9000 / b - 1), TARGET)[0] == 0.0  # steps below proportion: no floor
-    assert math.isnan(fit(runs(lambda b: 3.0, batches=(64,)), TARGET)[0])
+    one_batch = runs(lambda b: 3.0, 1, (64,)) + runs(lambda b: 5.0, 2, (64,))
+    assert math.isnan(fit(one_batch[:1], TARGET)[0]) and math.isnan(fit(one_batch, TARGET)[0])  # however many seeds
     reached = runs(lambda b: 3 + 9000 / b)
     assert fit([*reached, unreached(runs(lambda b: 500.0, batches=(16384,))[0])], TARGET) == fit(reached, TARGET)
 
@@ -128,3 +134,8 @@ def test_the_table_has_a_row_a_method() -> None:
     assert frame.loc["AdamW", "floor a (steps)"] == "3.0" and frame.loc["AdamW", "c / a (tokens)"] == "3 k"
     large = table(runs(lambda b: 3 + 9e6 / b), TARGET)
     assert large.loc["AdamW", "c / a (tokens)"] == "3 M"
+
+
+def test_the_table_counts_seeds_and_says_where_there_is_no_floor() -> None:
+    two = table(runs(lambda b: 9000 / b - 1, 1) + runs(lambda b: 9000 / b - 1, 2), TARGET).loc["AdamW"]
+    assert (two["n"], two["floor a (steps)"], two["c / a (tokens)"]) == (2, "0.0", "no floor")

@@ -48,11 +48,50 @@ def test_cost_is_the_flops_that_the_run_then_has(
     assert cost(runs[0]) / cost(runs[1]) == pytest.approx(flops[0] / flops[1], rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "micro_batch", "options"),
+    [
+        ("full", 8, {}),  # an eighth of the batch: one of 8 micro-batches
+        ("full", 32, {}),  # of which it is one of 2
+        ("full", 8, {"fraction": 0.4}),  # 3 of 8
+        ("layerwise", 64, {}),
+        ("matrix", 16, {"fraction": 0.5}),
+    ],
+)
+def test_cost_of_conjugate_gradients_is_the_flops_of_a_run_that_takes_all_its_iterations_and_more_than_of_another(
+    blocks: str, micro_batch: int, options: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    solver = {
+        "method__inner__optimizer": "conjugate_gradient", "method__inner__schedule": "constant",
+        "method__inner__adam_lr": None, "method__inner__steps": 16, "method__line_search": None,
+        "method__blocks": blocks, "outer_steps": 1, "compute__micro_batch": micro_batch,
+        "compute__precision": "fp64", "start__chinchilla_fraction": 0.0,
+    }  # fmt: skip
+    whole, early, other = (
+        config("gauss_newton", **solver, method__inner__options=options | {"tolerance": 0.0}),
+        config("gauss_newton", **solver, method__inner__options=options | {"tolerance": 0.1}),
+        config("muon", start__chinchilla_fraction=0.0, outer_steps=2),
+    )
+    flops = [train(run).rows[-1]["flops"] for run in (whole, early, other)]
+    assert cost(whole) / cost(other) == pytest.approx(flops[0] / flops[2], rel=1e-9)
+    assert cost(early) == cost(whole) and flops[1] < flops[0]  # the cost is the most that it may be
+
+
 def test_time_is_scaled_from_runs_of_the_same_kind() -> None:
     measured = [timed("adamw", 3.0), timed("muon", 100.0), timed("gauss_newton", 50.0)]
     assert estimate([config("adamw"), config("adamw", seed=8)], measured).seconds == pytest.approx(6.0)
     assert estimate([config("adamw", outer_steps=60)], measured).seconds == pytest.approx(30.0)
     assert estimate([config("gauss_newton")], measured).seconds == pytest.approx(50.0)
+
+
+def test_speed_is_the_median_of_its_kind_and_of_the_same_partition_and_of_no_run_that_ended_at_once() -> None:
+    three = [timed("adamw", seconds) for seconds in (2.0, 4.0, 40.0)]
+    assert estimate([config("adamw")], three).seconds == pytest.approx(4.0)
+    both = [timed("gauss_newton", 50.0), timed("layerwise", 7.0)]
+    assert estimate([config("layerwise")], both).seconds == pytest.approx(7.0)
+    assert estimate([config("gauss_newton")], both).seconds == pytest.approx(50.0)
+    assert estimate([config("adamw")], [timed("adamw", 0.0)]).seconds is None
 
 
 def test_a_kind_that_was_never_run_is_scaled_from_all_of_them() -> None:

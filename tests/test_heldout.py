@@ -119,15 +119,22 @@ def test_a_run_that_was_evaluated_by_an_average_is_refused(trained: RunConfig, t
         heldout(config.run_id, str(jsonl(tmp_path / "other.jsonl", OTHER)), device=CPU)
 
 
-def test_a_run_is_found_by_its_folder_too(trained: RunConfig, tmp_path: Path) -> None:
+def test_a_run_is_found_by_its_folder_too_also_relative_to_the_working_directory(
+    trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = str(jsonl(tmp_path / "other.jsonl", OTHER))
-    assert heldout(str(run_folder(trained)), text, device=CPU) == heldout(trained.run_id, text, device=CPU)
+    run_folder(trained).rename(tmp_path / "copied")
+    monkeypatch.chdir(tmp_path)
+    assert heldout("copied", text, device=CPU) == heldout(str(tmp_path / "copied"), text, device=CPU)
+    with pytest.raises(ConfigError, match=r"runs/copying has no weights\.pt"):
+        heldout("copying", text, device=CPU)
 
 
 @pytest.mark.parametrize(
     ("run", "text", "documents", "message"),
     [
         ("nowhere", "other.jsonl", None, "no weights.pt"),
+        ("nowhere", "c4", 10, "no weights.pt"),  # some documents of it may be read
         ("", "absent.jsonl", None, "^text: .*absent.jsonl: no such file"),
         ("", "short.jsonl", None, "one sequence needs 17"),
         ("", "c4", None, "documents: c4"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gnlib import tangents
 from gnlib.blocks import partition
+from gnlib.flops import tangent_flops
 from gnlib.linearise import DecoderLinearisation, Linearisation, linearise
 from gnlib.losses import CrossEntropy
 from gnlib.model import NORM_EPS, Decoder
@@ -319,3 +321,11 @@ def test_attention_that_moves_costs_four_forwards_and_other_attention_nothing(
     units = here.forward_units([changed]) * total
     monkeypatch.setattr(Decoder, "attention_flops", lambda self: 0.0)
     assert units - here.forward_units([changed]) * sum(here.model.layer_flops()) == pytest.approx(4 * attention)
+
+
+def test_beyond_ten_blocks_a_change_still_costs_one_block_more_the_lower_it_is() -> None:
+    """`blocks.1` is the beginning of `blocks.10`."""
+    model = Decoder(VOCABULARY, 8, 16, 12, 2, LENGTH)
+    costs = [tangent_flops(model, layer) for layer in model.layers()[1:13]]
+    steps = [below - above for below, above in pairwise(costs)]
+    assert min(steps) == max(steps) > 0

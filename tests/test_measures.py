@@ -8,6 +8,7 @@ import pytest
 from test_results import made
 
 from gnlib import measures
+from gnlib.critical_batch import CriticalBatch
 from gnlib.measures import Groups
 from gnlib.record import Record
 from gnlib.results import by_method
@@ -82,6 +83,18 @@ def test_the_best_baseline_is_none_that_diverged_above_the_target_on_a_seed() ->
     assert measures.best_baseline_ratio(by_method(records), TARGET).mean == 4
 
 
+def test_the_best_baseline_may_be_a_bound_and_where_all_diverged_there_is_none() -> None:
+    baselines = [run(name, steps) for name, steps in (("muon", 20), ("soap", 8), ("adamw", 10))]
+    records = [run("gauss_newton", 2), *baselines]
+    for record in baselines:
+        record.rows[1]["val_loss"] = TARGET + 0.5  # ended above the target, and well
+    found = measures.best_baseline_ratio(by_method(records), TARGET)
+    assert (found.mean, found.censored) == (4, 1)
+    for record in baselines:
+        record.status = "diverged"
+    assert math.isnan(measures.best_baseline_ratio(by_method(records), TARGET).mean)
+
+
 def test_the_interval_of_a_critical_ratio_comes_from_both() -> None:
     def both(method: str) -> list[Record]:
         return scaling(method, 16, seed=1) + scaling(method, 64, seed=2)
@@ -89,6 +102,14 @@ def test_the_interval_of_a_critical_ratio_comes_from_both() -> None:
     found = measures.critical_ratio("gauss_newton", ("muon",))(groups(both("gauss_newton"), both("muon")), TARGET)
     half = 12.706 * math.log(4) / 2  # of either logarithm
     assert found.mean == pytest.approx(1) and found.half_width == pytest.approx(math.expm1(math.sqrt(2) * half))
+
+
+def test_the_interval_of_a_critical_ratio_scales_with_the_ratio_and_one_seed_has_none() -> None:
+    found = measures._quotient(CriticalBatch(8e6, 4e6, 16e6, 3), CriticalBatch(2e6, 2e6, 2e6, 3))
+    assert (found.mean, found.half_width) == (pytest.approx(4), pytest.approx(4))  # up to 8 = 16e6 / 2e6
+    one = groups(scaling("gauss_newton", 256), scaling("muon", 64))
+    found = measures.critical_ratio("gauss_newton", ("muon",))(one, TARGET)
+    assert found.half_width is None and str(found) == "4.00"
 
 
 def final(method: str, loss: float | None, seed: int, batch: int) -> Record:

@@ -132,10 +132,16 @@ def test_the_sweep_limit_ends_the_alternation_and_says_so() -> None:
     assert torch.equal(end.x, sweep(sweep(matrix((4, 8)), ("row", "column")), ("row", "column")))
 
 
-def test_a_stack_is_at_its_fixed_point_when_the_last_of_its_matrices_is() -> None:
-    done = fixed_point(matrix((4, 8)), ("row", "column"), tolerance=1e-9).x
-    end = fixed_point(torch.stack([done, matrix((4, 8), seed=5)]), ("row", "column"), tolerance=1e-6)
-    assert end.sweeps > 1 and end.converged and end.excess < 1e-5
+def test_the_change_and_the_excess_of_a_stack_are_the_largest_of_its_matrices() -> None:
+    """Nine that are at their fixed point hide none that is not."""
+    norms = ("row", "column")
+    done, other = fixed_point(matrix((4, 8)), norms, tolerance=1e-9).x, matrix((4, 8), seed=5)
+    end = fixed_point(torch.stack([*[done] * 9, other]), norms, tolerance=1e-3, limit=3)
+    before = sweep(sweep(other, norms), norms)
+    after = sweep(before, norms)
+    assert end.change == pytest.approx(((after - before).norm() / after.norm()).item(), rel=1e-6)
+    assert end.change > 1e-3 and not end.converged
+    assert end.excess == pytest.approx(max(abs(NORMS[name].value(after).item() - 1) for name in norms), rel=1e-6)
 
 
 def test_a_looser_tolerance_stops_earlier() -> None:

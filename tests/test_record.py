@@ -89,9 +89,9 @@ def test_a_record_torn_anywhere_reads_as_its_whole_lines(path: Path) -> None:
 def test_a_missing_or_empty_file_or_another_kind_of_file_is_no_record(path: Path) -> None:
     assert records.read(path) is None
     path.parent.mkdir()
-    for text in ("", "\n", "not JSON\n", '{"status": "finished"}\n'):
+    for text in ("", "\n", "not JSON\n", '{"status": "finished"}\n', "3\n", '["config"]\n', '"config"\n', "null\n"):
         path.write_text(text)
-        assert records.read(path) is None
+        assert records.read(path) is None and records.read_config(path) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from gnlib import results
 from gnlib.methods import METHODS, find_method
 from gnlib.profiles import run_config
 from gnlib.record import Record, Row
@@ -101,6 +102,19 @@ def test_the_interval_is_students_t() -> None:
     assert two.half_width == pytest.approx(12.706)
     many = estimate([0.0, 2.0] * 5)  # variance 10/9, t = 2.262 for 9 degrees of freedom
     assert many.half_width == pytest.approx(2.262 / 3)
+
+
+def test_the_table_of_students_points_is_that_of_its_distribution() -> None:
+    """P(|t| < x) by the sum of Abramowitz and Stegun 26.7.3-4, exact for whole degrees of freedom."""
+    for n, point in enumerate(results._T95, 1):
+        angle = math.atan(point / math.sqrt(n))
+        terms, term = [], math.cos(angle) if n % 2 else 1.0
+        for k in range(1 if n % 2 else 0, n - 1, 2):
+            terms.append(term)
+            term *= math.cos(angle) ** 2 * (k + 1) / (k + 2)
+        total = math.sin(angle) * sum(terms)
+        share = 2 / math.pi * (angle + total) if n % 2 else total
+        assert share == pytest.approx(0.95, abs=6e-5), n  # points have three decimals
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -207,6 +221,16 @@ def test_the_summary_has_a_row_a_method_with_ratios_to_gauss_newton() -> None:
     assert adamw["steps / GN"] == "≥ 3.50"  # 3 and 4
     assert adamw["tokens / GN"] == "≥ 2.80"  # GN reads 1.25 times as many a step
     assert adamw["final loss"] == "4.50 ± 6.35"
+
+
+def test_the_settings_of_a_method_are_those_of_its_runs() -> None:
+    changes = {"outer_steps": 7, "method.inner.steps": 4, "method.inner.lr": 0.3, "method.inner.adam_lr": 0.2}
+    records = [made("muon", [5.0, 4.0]), made("gauss_newton", [5.0, 4.0])]
+    records[0].config = records[0].config.replace(changes | {"method.inner.warmup": 3, "method.inner.steps": 1})
+    records[1].config = records[1].config.replace(changes | {"method.inner.warmup": 2, "method.inner.adam_lr": None})
+    frame = results.settings(records)
+    assert list(frame.loc["Muon"])[:-1] == [1024, 7, 1, "muon", 0.3, "0.2", 3]
+    assert list(frame.loc["GN"])[:-1] == [1024, 7, 4, "muon", 0.3, "", 2]
 
 
 def test_beyond_its_end_a_run_keeps_its_last_value_and_between_evaluations_it_is_interpolated() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from gnlib.methods import find_method
 from gnlib.optimizers import Solver
 from gnlib.outer_step import OuterStep
 from gnlib.sampled import SampledLoss
+from gnlib.sophia import SophiaG
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -176,6 +179,11 @@ def test_the_direction_is_that_of_the_dense_damped_kronecker_product() -> None:
     assert_close(found, kronecker_direction(D, S, A, 0.1), 1e-10)
 
 
+def test_a_layer_without_curvature_and_gradient_does_not_move() -> None:
+    curvature = {"P": torch.eye(3), "Q": torch.eye(4), "c": torch.zeros(3, 4)}
+    assert torch.equal(preconditioned(torch.zeros(3, 4), curvature, 0.1), torch.zeros(3, 4))
+
+
 def test_a_step_has_momentum_and_decoupled_decay_and_refreshes_every_period() -> None:
     case = classifier_case()
     theta = {name: p.detach().clone().requires_grad_() for name, p in case.model.named_parameters()}
@@ -214,6 +222,22 @@ def test_before_a_batch_was_seen_a_step_is_along_the_gradient() -> None:
     before, p.grad = p.detach().clone(), normal((3, 4), seeded(1))
     KFAC([p], lr=0.1).step()
     assert_close(p, before - 0.1 * p.grad, 1e-12)
+
+
+def test_momentum_without_curvature_is_no_view_of_the_gradient() -> None:
+    """Whose memory the next backward pass uses again."""
+    p = nn.Parameter(torch.ones(2, 2))
+    optimizer, p.grad = KFAC([p], lr=1.0, momentum=0.5), torch.ones(2, 2)
+    optimizer.step()
+    p.grad.zero_()
+    optimizer.step()
+    assert torch.equal(p, torch.full((2, 2), 1 - 1 - 0.5))
+
+
+def test_observing_leaves_no_hook_on_the_model() -> None:
+    kfac, sampled, _ = decoder_layers()
+    kfac.observe(sampled)
+    assert not any(module._forward_hooks for module in sampled.model.modules())
 
 
 def test_a_layer_that_is_not_linear_is_a_one_line_error() -> None:
@@ -255,3 +279,13 @@ def test_an_outer_step_counts_the_cost_of_observing_and_does_not_depend_on_the_m
 def test_impossible_settings_of_kfac_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"must be positive, decay .* in \[0, 1\), period .* at least 1"):
         KFAC([torch.nn.Parameter(torch.ones(2, 2))], **wrong)  # type: ignore[arg-type]
+
+
+KFACS = {"weight_decay": 0.0, "momentum": 0.9, "damping": 0.1, "decay": 0.95, "period": 10, "ekfac": False}
+SOPHIAS = {"betas": (0.965, 0.99), "weight_decay": 0.0, "gamma": 0.05, "period": 10}
+
+
+@pytest.mark.parametrize(("kind", "run"), [(KFAC, KFACS), (SophiaG, SOPHIAS)])
+def test_settings_that_no_record_names_have_the_values_that_were_run(kind: type, run: dict[str, Any]) -> None:
+    parameters = inspect.signature(kind).parameters
+    assert {name: p.default for name, p in parameters.items() if name not in ("params", "lr")} == run

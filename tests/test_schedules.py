@@ -94,3 +94,8 @@ def test_for_a_baseline_global_cosine_is_the_usual_cosine_over_steps() -> None:
 def test_a_warm_up_longer_than_the_run_only_rises(schedule: str) -> None:
     factors = [learning_rate_factor(_inner(schedule, steps=1, warmup=50, final=1.0), t, 0, 10) for t in range(10)]
     assert factors == pytest.approx([(t + 1) / 51 for t in range(10)], abs=1e-15)
+
+
+def test_a_warm_up_as_long_as_the_run_has_a_last_step_at_the_peak() -> None:
+    inner = _inner("global_cosine", steps=1, warmup=8)
+    assert [learning_rate_factor(inner, t, 0, 8) for t in range(9)] == [*((t + 1) / 9 for t in range(8)), 1.0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 import torch
 from cases import ListStream
@@ -34,6 +36,11 @@ def test_a_method_that_never_has_that_loss_gives_a_lower_bound_and_the_reference
     assert str(tokens_to_final_loss("adam", "adam")(by_method(runs), 0.0)) == "1.00"
 
 
+def test_tokens_to_the_final_loss_count_those_of_a_line_search() -> None:
+    runs = [made("adam", [6.0, 5.0, 4.0], 1), made("gauss_newton", [6.0, 4.0, 3.0], 1)]
+    assert tokens_to_final_loss("gauss_newton", "adam")(by_method(runs), 0.0).mean == pytest.approx(1250 / 2000)
+
+
 @pytest.mark.parametrize("method", BASELINES)
 def test_state_counted_by_shapes_is_that_of_a_run(method: str) -> None:
     config = run_config("tiny", method, changes={"outer_batch": 2}, use_tuned=False)
@@ -58,9 +65,23 @@ def test_the_summary_has_a_row_a_method_with_its_state() -> None:
     assert list(summary(runs, reference="adamw")["tokens to AdamW's final loss"]) == ["not run"] * 3
 
 
+def test_the_summary_is_in_the_units_it_names_and_a_diverged_loss_is_none() -> None:
+    runs = [made("adam", [6.0, 5.0, 4.0], 1), made("adam", [6.0, 5.0, 4.0], 2), made("sgd", [6.0, None], 1, "diverged")]
+    runs[0].rows[-1]["peak_bytes"], runs[1].rows[-1]["peak_bytes"] = 5_000_000, 7_000_000
+    table = summary(runs, reference="adam")
+    assert table.loc["Adam", "peak (MB)"] == 7 and table.loc["SGD", "final loss"] == "-"
+    assert table.loc["Adam", "state (kB)"] == round(sum(state_bytes(runs[0].config).values()) / 1000, 1) > 10
+
+
 def test_step_times_are_a_table_of_methods_by_sizes() -> None:
     times = step_times(["sgd", "sinkgd"], [4, 8], steps=1)
     assert list(times.index) == ["SGD", "SinkGD"] and list(times.columns) == [4, 8]
     assert (times > 0).all().all()
     (axes,) = plots.step_times(times).axes
     assert [line.get_label() for line in axes.get_lines()] == ["SGD", "SinkGD"]
+
+
+def test_step_times_are_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr("gnlib.stateless.time.perf_counter", lambda: 0.002 * next(clock))
+    assert step_times(["sgd"], [4], steps=3).loc["SGD", 4] == pytest.approx(2.0)

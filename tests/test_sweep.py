@@ -107,6 +107,14 @@ def test_what_is_interior_is_not_tuned_again_nor_anything_on_request(monkeypatch
     assert {what for what, _ in calls.events} == {"run"}
 
 
+def test_a_sweep_afresh_runs_what_is_only_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, fresh, **_: asked.append(fresh))
+    for fresh in (True, False):
+        sweep(["iteration_complexity"], "tiny", methods=["adamw"], seeds=[1], tuned=False, fresh=fresh)
+    assert asked == [True, False]
+
+
 def test_a_sweep_says_what_it_has_tuned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     Calls(monkeypatch)
     sweep(["iteration_complexity"], "tiny", methods=["adamw"], seeds=[1])
@@ -124,6 +132,36 @@ def test_a_chain_that_fails_is_reported_and_does_not_stop_the_others(monkeypatch
     calls.error = OSError("no space left")
     with pytest.raises(StudyError, match="adamw: no space left"):
         sweep(["iteration_complexity"], "tiny", methods=["adamw", "muon"], seeds=[1])
+
+
+@pytest.mark.parametrize("error", [StudyError("it failed"), ConfigError("it failed")])
+def test_a_setting_goes_on_where_the_one_it_starts_from_has_failed(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(monkeypatch)
+    calls.failing, calls.error = "adamw", error
+    with pytest.raises(StudyError, match=r"^adamw: it failed$"):
+        sweep(["critical_batch_size"], "tiny", methods=["adamw"], seeds=[1])
+    assert ("run", "adamw@16") in calls.events
+
+
+def test_ctrl_c_closes_the_slots_so_that_no_chain_begins_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Slots] = []
+
+    class Seen(Slots):
+        def __init__(self, count: int) -> None:
+            super().__init__(count)
+            made.append(self)
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    Calls(monkeypatch)
+    monkeypatch.setattr(sweeping, "Slots", Seen)
+    monkeypatch.setattr(sweeping, "_problems", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(["iteration_complexity"], "tiny", jobs=1, methods=["adamw"], seeds=[1])
+    assert [slots.closed for slots in made] == [True]
 
 
 def test_only_the_batches_asked_for_are_run_and_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,7 @@ def test_an_entry_whose_search_was_cut_short_says_that_it_is_not_interior(
     assert table(home)["adamw"]["interior"] is False
 
 
-@pytest.mark.parametrize(("gain", "interior"), [(0.02, False), (0.003, True)])
+@pytest.mark.parametrize(("gain", "interior"), [(0.02, False), (0.007, False), (0.0045, True), (0.003, True)])
 def test_run_length_at_its_cap_is_interior_only_where_the_last_extension_gained_hardly_anything(
     gain: float, interior: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +181,14 @@ def test_run_length_at_its_cap_is_interior_only_where_the_last_extension_gained_
     runs_on(lambda lr, steps: 10 * (1 - gain) ** lengths.index(steps) + abs(math.log2(lr / 0.01)), monkeypatch)
     entry = tune("laptop", "adamw")
     assert entry["settings"]["outer_steps"] == lengths[-1] and entry["interior"] is interior
+
+
+def test_a_search_that_ends_at_the_cap_with_nothing_shorter_tried_is_open() -> None:
+    axes = axes_of("laptop", Setting("adamw"))
+    index = [axis.field for axis in axes].index("outer_steps")
+    end = max(i for i in range(-20, 20) if axes[index].value(i) is not None)
+    point = tuple(end if i == index else 0 for i in range(len(axes)))
+    assert "outer_steps" in open_fields(axes, {point: ((2.0, 4.0), run_config("laptop", "adamw"))})
 
 
 def test_tuning_uses_seed_zero_only_and_no_result_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,6 +368,11 @@ def test_conjugate_gradients_are_tuned_by_their_damping_alone(monkeypatch: pytes
     assert options == {"damping": best, "fraction": 1 / 16}
 
 
+def test_the_damping_moves_by_factors_of_four() -> None:
+    (axis,) = axes_of("laptop", Setting("inner_cg"))
+    assert [axis.value(index) for index in (-1, 0, 1)] == [0.0025, 0.01, 0.04]
+
+
 def test_a_variant_with_its_methods_settings_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = runs_on(bowl(0.01, 32), monkeypatch)
     with pytest.raises(ConfigError, match="muon_search runs with the settings of muon, tune that"):
@@ -414,3 +427,18 @@ def test_trials_on_different_texts_are_refused_and_nothing_is_written(
     with pytest.raises(StudyError, match="tuning: its records come from different texts"):
         tune("laptop", "adamw")
     assert not (home / "data" / "records" / "laptop" / "tuned.json").exists()
+
+
+def test_trials_of_a_later_round_on_another_text_are_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(lambda config: 10.0 + abs(math.log2(config.method.inner.lr / 0.08)))
+
+    def on_two_texts(configs: Sequence[RunConfig], profile: str, **_: Any) -> list[Record]:
+        records = runs(configs, profile)
+        for record in records:
+            record.config = record.config.replace({"data.fingerprint": f"{min(len(runs.rounds), 2):016d}"})
+        return records
+
+    monkeypatch.setattr(tuning, "run_study", on_two_texts)
+    with pytest.raises(StudyError, match="different texts"):
+        tune("laptop", "adamw")
+    assert len(runs.rounds) == 2

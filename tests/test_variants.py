@@ -120,15 +120,28 @@ def test_no_warm_up_is_longer_than_half_a_budget_and_no_batch_too_small_for_an_i
     assert setting_config("laptop", Setting("gauss_newton", 8)).method.inner.steps == 1
 
 
+def test_a_method_without_warm_up_has_none_at_another_batch() -> None:
+    for batch in (128, 8192):
+        assert setting_config("laptop", Setting("gauss_newton", batch)).method.inner.warmup == 0
+
+
 def test_a_constant_rate_runs_to_the_cap_whatever_length_is_tuned(home: Path) -> None:
     tuned(home, gauss_newton={"outer_steps": 5})
     setting = Setting("constant")
     assert setting_config("laptop", setting).outer_steps == most_steps("laptop", setting) > 5
 
 
-def test_the_variant_that_searches_on_a_sixteenth_does() -> None:
-    search = setting_config("laptop", Setting("search_on_16th")).method.line_search
-    assert search is not None and search.fraction == 1 / 16
+def test_a_variant_of_the_line_search_searches_on_its_share_with_its_candidates() -> None:
+    names = ("search_on_16th", "muon_search", "search_on_all", "matrixwise")
+    searches = [setting_config("laptop", Setting(name)).method.line_search for name in names]
+    assert [search and search.fraction for search in searches[:3]] == [1 / 16, 1 / 4, 1.0]
+    assert searches[3] is not None and searches[3].candidates == 10
+
+
+def test_an_inner_solver_has_the_settings_that_it_is_compared_with() -> None:
+    soap, conjugate = (setting_config("laptop", Setting(name)).method.inner for name in ("inner_soap", "inner_cg"))
+    assert soap.options["precondition_frequency"] == 10
+    assert (conjugate.steps, conjugate.schedule) == (64, "constant")
 
 
 def test_runs_at_the_profiles_own_batch_are_those_of_figure_1() -> None:
@@ -186,6 +199,12 @@ def test_what_was_tuned_for_a_setting_is_used_there_and_nowhere_else(home: Path)
     assert found == rates | {"adamw@512": 0.02}
     start = setting_config("laptop", Setting("adamw", 128), use_tuned=False)
     assert start.method.inner.lr == 0.02  # what was tuned at the profile's batch
+
+
+def test_changes_asked_for_outweigh_what_was_tuned(home: Path) -> None:
+    tuned(home, **{"adamw@128": {"method.inner.lr": 0.003}})
+    found = setting_config("laptop", Setting("adamw", 128), changes={"method.inner.lr": 0.5})
+    assert found.method.inner.lr == 0.5
 
 
 # ---------------------------------------------------------------- variants
