@@ -135,7 +135,7 @@ def test_a_run_is_found_by_its_folder_too_also_relative_to_the_working_directory
     [
         ("nowhere", "other.jsonl", None, "no weights.pt"),
         ("nowhere", "c4", 10, "no weights.pt"),  # some documents of it may be read
-        ("", "absent.jsonl", None, "^text: .*absent.jsonl: no such file"),
+        ("", "absent.jsonl", None, "^text: .*absent.jsonl: no such source, nor a file"),
         ("", "short.jsonl", None, "one sequence needs 17"),
         ("", "c4", None, "documents: c4"),
         ("", "other.jsonl", 0, "at least 1"),
