@@ -125,11 +125,12 @@ class OuterStep:
     def _start(self, anchor: dict[str, Tensor]) -> None:
         """From the last inner solution, unless it is not finite: then, as without a warm start, afresh."""
         method = self.config.method
-        afresh = not method.inner.warm_start or not self._is_finite()
-        if method.objective == "loss" or afresh:
-            for name, theta in self.solution.items():
-                theta.copy_(anchor[name])
-        if method.objective != "loss" and afresh:
+        baseline = method.objective == "loss"
+        if not baseline and method.inner.warm_start and self._is_finite():
+            return
+        for name, theta in self.solution.items():
+            theta.copy_(anchor[name])
+        if not baseline:
             self._renew_solvers()
 
     def _is_finite(self) -> bool:
