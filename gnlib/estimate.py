@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
+from typing import Literal
 
 from gnlib.blocks import partition
-from gnlib.config import RunConfig
+from gnlib.config import DataConfig, ModelConfig, RunConfig
 from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
 from gnlib.conjugate_gradient import most_passes
 from gnlib.flops import gradient_units
@@ -55,14 +57,21 @@ def cost(config: RunConfig, steps: int | None = None) -> float:
     """Of a run of so many outer steps (all by default), in forward passes of a sequence, evaluation not included; with
     conjugate gradients at most, as they may end before their last iteration."""
     method, steps = config.method, config.outer_steps if steps is None else steps
-    model = shapes_only(config)
-    blocks = partition(model, method.blocks)
-    units = 3.0 if method.objective == "loss" else gradient_units(model, blocks)
+    units = 3.0
     if method.inner.optimizer == CONJUGATE_GRADIENT:
         micro_batches = math.ceil(config.outer_batch / config.compute.micro_batch)
-        units = most_passes([gradient_units(model, [block]) for block in blocks], method, micro_batches)
+        units = most_passes(_units_by_block(config.model, config.data, method.blocks), method, micro_batches)
+    elif method.objective != "loss":
+        units = 1.0 + sum(alone - 1.0 for alone in _units_by_block(config.model, config.data, method.blocks))
     searched = len(step_sizes(method.line_search)) * method.line_search.fraction if method.line_search else 0.0
     return steps * config.outer_batch * (units + searched)
+
+
+@cache
+def _units_by_block(size: ModelConfig, data: DataConfig, blocks: Literal["full", "layerwise", "matrix"]) -> list[float]:
+    """Of each block's gradient by itself, its own primal included."""
+    model = shapes_only(RunConfig(model=size, data=data))
+    return [gradient_units(model, [block]) for block in partition(model, blocks)]
 
 
 def sequences_read(config: RunConfig) -> int:

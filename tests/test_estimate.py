@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from test_results import made
 
+from gnlib import record as records
 from gnlib.config import RunConfig
 from gnlib.estimate import cost, estimate, sequences_read
+from gnlib.model import shapes_only
 from gnlib.profiles import run_config
 from gnlib.record import Record
 from gnlib.train import train
@@ -76,6 +78,19 @@ def test_cost_of_conjugate_gradients_is_the_flops_of_a_run_that_takes_all_its_it
     flops = [train(run).rows[-1]["flops"] for run in (whole, early, other)]
     assert cost(whole) / cost(other) == pytest.approx(flops[0] / flops[2], rel=1e-9)
     assert cost(early) == cost(whole) and flops[1] < flops[0]  # the cost is the most that it may be
+
+
+@pytest.mark.parametrize("blocks", ["full", "layerwise", "matrix"])
+def test_shipped_gauss_newton_records_have_the_flops_that_are_counted_today(blocks: str) -> None:
+    """Theirs were corrected where the count was; conjugate gradients may have ended before their last iteration."""
+    paths = (Path(__file__).parents[1] / "data" / "records").glob("*/*.jsonl")
+    shipped = [record for path in paths if (record := records.read(path))]
+    chosen = [r for r in shipped if r.config.method.objective != "loss" and r.config.method.blocks == blocks]
+    chosen = [r for r in chosen if r.config.method.inner.optimizer != "conjugate_gradient"]
+    assert len(chosen) > 30
+    for record in chosen:
+        counted = cost(record.config, record.rows[-1]["outer_step"]) * sum(shapes_only(record.config).layer_flops())
+        assert record.rows[-1]["flops"] == pytest.approx(counted, rel=1e-9), record.config.recipe_id
 
 
 def test_time_is_scaled_from_runs_of_the_same_kind() -> None:
