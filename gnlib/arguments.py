@@ -1,13 +1,17 @@
-"""The command line's arguments: parsed by tyro, whose word on a wrong one is cut to the one line of all bad input."""
+"""The command line's arguments: commands and values, with one line for what is wrong with them."""
 
 from __future__ import annotations
 
+import ast
 import io
+import json
+import os
 import re
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from functools import partial, wraps
 from itertools import groupby
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -18,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Commands:
-    """Functions as subcommands: each is called once its arguments are parsed, outside of the parser."""
+    """Functions as subcommands by tyro: each is called once its arguments are parsed, outside of the parser."""
 
     def __init__(self) -> None:
         self._app = tyro.extras.SubcommandApp()
@@ -66,3 +70,27 @@ def _short(part: list[str]) -> str:
         return re.sub(r"^For full helptext,? \w+:? ", "see ", said)
     names = (row.split()[0] for row in first if row.startswith("--"))
     return f"near: {', '.join(dict.fromkeys(names))}"
+
+
+def assignment(text: str, option: str = "--set") -> tuple[str, object]:
+    """field=value, the value as JSON or as Python writes it (False, None, (0.9, 0.95)), else a bare word."""
+    field, equals, value = text.partition("=")
+    if not (field and equals):
+        raise ConfigError(f"{option} {text}: expected field=value")
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError):
+            return field, read(value)
+    return field, value
+
+
+def writable(path: Path | None) -> None:
+    """ConfigError, before the work, where its result could not be written."""
+    if path is None:
+        return
+    if not path.name or path.is_dir():
+        raise ConfigError(f"json: {path} is a folder; a file's name is needed")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"json: no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"json: cannot write in {folder}")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -20,12 +18,12 @@ from gnlib import claims as claim_rows
 from gnlib import compare as comparing
 from gnlib import export as exports
 from gnlib import readme as readme_table
-from gnlib.arguments import Commands
+from gnlib.arguments import Commands, assignment, writable
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import replacing
 from gnlib.heldout import heldout
 from gnlib.methods import METHODS, MORE_METHODS
-from gnlib.optimizers import registry, try_out
+from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import PROFILES, find_profile, run_config, tuning
 from gnlib.studies import STUDIES, study_configs, tuned_settings
@@ -90,13 +88,11 @@ def train(
         keep_weights: Also save the last weights, as weights.pt in the run's folder.
         quiet: No progress bar.
     """
-    changes = dict(_assignment(text) for text in set)
+    changes = dict(assignment(text) for text in set)
     if config and (profile, method, seed) != ("laptop", "gauss_newton", 0):
         raise ConfigError("config: it has profile, method and seed; change it by --set")
     chosen = RunConfig.load(config).replace(changes) if config else run_config(profile, method, seed, changes)
     check(chosen)
-    if "." in chosen.method.inner.optimizer:  # one's own
-        try_out(chosen.method.inner)
     chosen = pinned(chosen, not quiet)  # what is wrong with the text is said before there is a bar
     with tqdm(total=chosen.outer_steps, desc=describe(chosen), unit="step", disable=quiet) as bar:
         record = train_run(chosen, on_row=lambda _, row: show_row(bar, row), keep_weights=keep_weights)
@@ -116,7 +112,7 @@ def evaluate(run: Name, text: Name, documents: int | None = None, json: Path | N
         documents: Only so many, from the start; needed for c4.
         json: Where to write the figures as an object.
     """
-    _writable(json)
+    writable(json)
     found = heldout(run, text, documents)
     print(f"{found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte: {text}")
     print(f"{found.documents:,} documents, {found.tokens:,} tokens")
@@ -249,7 +245,7 @@ def compare(
         fresh: Do not count shipped records as done.
         jobs: Runs at a time; one per core or GPU by default.
     """
-    arguments = dict(_assignment(text, "--kwargs") for text in kwargs)
+    arguments = dict(assignment(text, "--kwargs") for text in kwargs)
     found = comparing.compare(optimizer, profile, arguments, seeds, batches, trials, fresh, True, jobs)
     print(comparing.table(found).to_string())
     print(*comparing.notes(found), sep="\n")
@@ -320,7 +316,7 @@ def bench(
         json: Where to write the rows as a list of objects.
     """
     chosen = precision or (("bf16",) if torch.cuda.is_available() else ("fp32",))
-    _writable(json)
+    writable(json)
     heading = iter([benchmark.as_text(None)])  # goes before the first row: an error has a line of its own
 
     def show(row: dict[str, object]) -> None:
@@ -330,29 +326,6 @@ def bench(
     if json:
         with replacing(json) as temporary:
             temporary.write_text(_dumps(rows) + "\n")
-
-
-def _assignment(text: str, option: str = "--set") -> tuple[str, object]:
-    field, equals, value = text.partition("=")
-    if not (field and equals):
-        raise ConfigError(f"{option} {text}: expected field=value")
-    for read in (json.loads, ast.literal_eval):  # also Python's False, None and (0.9, 0.95)
-        with suppress(ValueError, SyntaxError):
-            return field, read(value)
-    return field, value  # a bare word
-
-
-def _writable(path: Path | None) -> None:
-    """ConfigError, before the work, where its result could not be written."""
-    if path is None:
-        return
-    if not path.name or path.is_dir():
-        raise ConfigError(f"json: {path} is a folder; a file's name is needed")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ConfigError(f"json: no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"json: cannot write in {folder}")
 
 
 def _dumps(tree: object) -> str:

@@ -124,7 +124,7 @@ class InnerConfig(Section):
     optimizer: str = "muon"
     """A name of `gnlib.optimizers.registry` or the import path of a torch.optim.Optimizer class."""
     source: str | None = None
-    """Hash of the file of an optimiser class of your own, so that an edited one is another run; filled in."""
+    """Hash of the files of an optimiser class of your own, so that an edited one is another run; filled in."""
     lr: float = Field(0.02, gt=0)
     """Peak learning rate (for Muon: of the hidden matrices)."""
     adam_lr: float | None = Field(None, gt=0)

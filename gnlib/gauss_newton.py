@@ -90,8 +90,7 @@ class GaussNewton:
             if inner != CONJUGATE_GRADIENT:
                 find(inner)  # or ConfigError with the near names
             inner = InnerConfig(optimizer=inner, lr=0.01, steps=32)
-        if "." in inner.optimizer:
-            try_out(inner)
+        try_out(inner)
         if isinstance(line_search, bool):
             line_search = LineSearchConfig() if line_search else None  # type: ignore[assignment]
         method = {"objective": objective, "blocks": blocks, "ridge": ridge, "line_search": line_search}

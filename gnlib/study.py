@@ -294,8 +294,8 @@ def _gpu(slot: int) -> str:
 
 
 def _spawn(command: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    environment |= {PARENT: str(os.getpid())}
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    known = environment | {PARENT: str(os.getpid())}
+    return subprocess.Popen(command, env=known, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
 def _show(job: _Job) -> None:

@@ -26,7 +26,7 @@ from gnlib.files import data_folder, exclusive, replacing
 from gnlib.losses import CrossEntropy
 from gnlib.model import Decoder, parameter_count, shapes_only
 from gnlib.objective import forward_loss
-from gnlib.optimizers import source_hash
+from gnlib.optimizers import source_hash, try_out
 from gnlib.outer_step import OuterStep, StepInfo
 from gnlib.precision import matmul_precision
 from gnlib.prepare import prepare
@@ -97,7 +97,9 @@ def train(
 
 
 def check(config: RunConfig) -> None:
-    """Raise ConfigError for a method that cannot be built, before any text is prepared: on a model without memory."""
+    """Raise ConfigError for a method that cannot be built, before any text is prepared: on a model without memory; and
+    for an optimiser of your own that cannot step."""
+    try_out(config.method.inner)
     OuterStep(shapes_only(config), CrossEntropy(), config)
 
 

@@ -283,7 +283,7 @@ def test_train_takes_numbers_words_and_null(gnlib: Call, home: Path) -> None:
 )
 def test_values_are_read_as_json_or_python_writes_them(text: str, value: object) -> None:
     """`nesterov=False` must not become a text, which is true."""
-    assert cli._assignment(f"nesterov={text}") == ("nesterov", value)
+    assert arguments.assignment(f"nesterov={text}") == ("nesterov", value)
 
 
 def test_train_shows_progress_unless_quiet(gnlib: Call) -> None:
