@@ -100,8 +100,11 @@ def test_only_what_is_missing_is_trained_and_records_come_in_the_order_asked_for
     assert run_study(configs, "tiny", jobs=2) == found and not launched
 
 
-def test_a_failing_run_is_reported_with_its_logs_tail_and_does_not_stop_the_others(launched: list[list[str]]) -> None:
+def test_a_failing_run_is_reported_with_its_logs_tail_and_does_not_stop_the_others(
+    launched: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both have the same start, which is made first and once."""
+    monkeypatch.setattr("gnlib.train.try_out", lambda inner: None)  # here, so that the run itself finds out
     start = {"start__chinchilla_fraction": 0.001}
     bad = short("adamw", method__inner__optimizer="torch.optim.LBFGS", **start)  # wants a closure that it does not get
     good = short("adamw", **start)
@@ -120,6 +123,9 @@ def test_a_run_that_cannot_be_built_is_refused_before_anything_runs(launched: li
     bad = short("adamw", method__inner__optimizer="no_such_package.Optimizer", start__chinchilla_fraction=0.001)
     with pytest.raises(ConfigError, match=r"cannot import 'no_such_package\.Optimizer'"):
         run_study([bad, short("adamw")], "tiny", jobs=1)
+    stuck = short("adamw", method__inner__optimizer="torch.optim.LBFGS", start__chinchilla_fraction=0.001)
+    with pytest.raises(ConfigError, match=r"LBFGS: a trial step failed with TypeError"):
+        run_study([stuck, short("adamw")], "tiny", jobs=1)
     assert not launched and not data_folder().exists()
 
 
