@@ -28,6 +28,7 @@ from gnlib.model import Decoder
 from gnlib.objective import LinearisedObjective
 from gnlib.outer_step import OuterStep, Purpose
 from gnlib.precision import matmul_precision
+from gnlib.processor import use_processor
 from gnlib.profiles import records_folder, run_config
 from gnlib.record import environment
 
@@ -90,7 +91,7 @@ def _compare(size: str, precision: str, methods: Sequence[str], steps: int, comp
     """Rows of one size and precision; the standard step is timed before and after all others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = {method: _Run(size, method, precision, device, compiled) for method in methods}
-    torch.set_num_threads(runs["standard"].config.compute.threads)  # as training does
+    use_processor(runs["standard"].config.compute.threads)  # as training does
     ceiling = matmul_rate(precision, device)
     found = {method: run.measure(steps) for method, run in runs.items()}
     again = runs["standard"].measure(steps)

@@ -25,6 +25,7 @@ from gnlib.model import Decoder
 from gnlib.objective import forward_loss
 from gnlib.precision import matmul_precision
 from gnlib.prepare import prepare
+from gnlib.processor import use_processor
 from gnlib.tokenizer import encoder, end_of_text
 from gnlib.train import default_device
 
@@ -67,7 +68,7 @@ def heldout(run: str, source: str, documents: int | None = None, device: torch.d
     if sequences < 1:
         raise ConfigError(f"text: {source} gives {len(tokens)} tokens, one sequence needs {length + 1}")
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][:sequences]
-    torch.set_num_threads(config.compute.threads)  # as training does
+    use_processor(config.compute.threads)  # as training does
     model = Decoder.from_config(config).to(device)
     model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, map_location=device))
     loss = _mean_loss(model, windows, config, device)

@@ -30,6 +30,7 @@ from gnlib.optimizers import source_hash, try_out
 from gnlib.outer_step import OuterStep, StepInfo
 from gnlib.precision import matmul_precision
 from gnlib.prepare import prepare
+from gnlib.processor import use_processor
 from gnlib.record import Record, Row
 
 TOKENS_PER_PARAMETER = 20  # Chinchilla (arXiv 2203.15556)
@@ -153,7 +154,7 @@ class _Run:
         weights = start_weights(config, device)  # may train, with settings of its own
         if weights is not None:
             self.model.load_state_dict(weights)
-        torch.set_num_threads(config.compute.threads)
+        use_processor(config.compute.threads)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
         torch.use_deterministic_algorithms(config.compute.deterministic, warn_only=True)
         if device.type == "cuda":  # the fused attention backward adds up in any order
