@@ -7,8 +7,9 @@ exceed that by 20 %: the first crossing of
 
 by linear interpolation in log B and log excess, for each seed; then the geometric mean over seeds with a 95 % interval
 (Student's t of the logarithms). A seed that stays below 20 % at the largest batch gives a lower bound. The fit
-S(B) = a + c / B (least squares of the relative error, a >= 0) tells the floor a and the scale c / a, at which steps
-are twice the floor.
+S(B) = a + c / B (least squares of the relative error, a >= 0), again for each seed, tells the floor a and the scale
+c / a, at which steps are twice the floor. By it B* = 1.2 B_0 + 0.2 c / a: even a method that gains nothing from a
+larger batch has 1.2 B_0, so that ratios of B* understate how far apart two methods are.
 """
 
 from __future__ import annotations
@@ -78,9 +79,13 @@ def critical(records: Sequence[Record], target: float) -> CriticalBatch:
     bounds = {bound for _, bound in found if bound}
     if any(math.isnan(value) for value, _ in found) or len(bounds) > 1:
         return CriticalBatch(math.nan, math.nan, math.nan, len(found))
-    logs = estimate([math.log(value) for value, _ in found])
-    mean, half = math.exp(logs.mean), 0.0 if bounds else logs.half_width or 0.0
-    return CriticalBatch(mean, mean / math.exp(half), mean * math.exp(half), len(found), "".join(bounds))
+    return _geometric([value for value, _ in found], "".join(bounds))
+
+
+def _geometric(values: Sequence[float], bound: str = "") -> CriticalBatch:
+    logs = estimate([math.log(value) for value in values])
+    mean, half = math.exp(logs.mean), 0.0 if bound else logs.half_width or 0.0
+    return CriticalBatch(mean, mean / math.exp(half), mean * math.exp(half), len(values), bound)
 
 
 def _by_seed(records: Sequence[Record], target: float) -> dict[int, dict[int, Crossing]]:
@@ -105,23 +110,27 @@ def fit(records: Sequence[Record], target: float) -> tuple[float, float]:
 
 
 def table(records: Sequence[Record], target: float) -> pd.DataFrame:
-    """One row a method: B*, and the fit."""
+    """One row a method: B*, and the floor and the scale of the fit, each over the seeds."""
     import pandas as pd
 
     rows = {}
     for name, runs in by_method(records).items():
-        floor, slope = fit(runs, target)
-        scale = slope / floor if floor else math.inf
+        seeds = sorted({record.config.seed for record in runs})
+        fits = [fit([record for record in runs if record.config.seed == seed], target) for seed in seeds]
         rows[name] = {
-            "n": len({record.config.seed for record in runs}),
+            "n": len(seeds),
             "B* (tokens)": str(critical(runs, target)),
-            "floor a (steps)": "-" if math.isnan(floor) else f"{floor:.1f}",
-            "c / a (tokens)": "-" if math.isnan(scale) else _tokens(scale),
+            "floor a (steps)": str(estimate([floor for floor, _ in fits])),
+            "c / a (tokens)": _scale(fits),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def _scale(fits: Sequence[tuple[float, float]]) -> str:
+    if any(math.isnan(floor) for floor, _ in fits):
+        return "-"
+    return str(_geometric([slope / floor for floor, slope in fits])) if all(floor for floor, _ in fits) else "no floor"
+
+
 def _tokens(tokens: float) -> str:
-    if math.isinf(tokens):
-        return "no floor"
     return f"{tokens / 1e6:.3g} M" if tokens >= 1e6 else f"{tokens / 1e3:.3g} k"

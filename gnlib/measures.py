@@ -65,16 +65,18 @@ def _loss_at(record: Record, step: float) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def critical_ratio(method: str, others: Sequence[str]) -> Measure:
-    """Critical batch of one method over the largest of the others'; a lower bound where the method's is one."""
+def critical_ratio(method: str, others: Sequence[str], least: bool = False) -> Measure:
+    """Critical batch of one method over the largest (or `least`) of the others'; a lower bound where its own is one."""
 
     def measure(groups: Groups, target: float) -> Estimate:
         own = critical(_named(groups, method), target)
         theirs = [critical(_named(groups, name), target) for name in others]
-        largest = max(theirs, key=_size)
+        chosen = max(theirs, key=_size)
+        if least and not math.isnan(chosen.mean):
+            chosen = min(theirs, key=_size)
         if own.bound == "below" or "above" in {other.bound for other in theirs}:
             return Estimate(math.nan, None, own.n)  # nothing can be said either way
-        return _quotient(own, largest)
+        return _quotient(own, chosen)
 
     return measure
 

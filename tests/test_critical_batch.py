@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -131,11 +132,30 @@ def test_the_fit_has_the_least_relative_error(law: Callable[[int], float]) -> No
 def test_the_table_has_a_row_a_method() -> None:
     frame = table(runs(lambda b: 3 + 9000 / b), TARGET)
     assert list(frame.index) == ["AdamW"]
-    assert frame.loc["AdamW", "floor a (steps)"] == "3.0" and frame.loc["AdamW", "c / a (tokens)"] == "3 k"
+    assert frame.loc["AdamW", "floor a (steps)"] == "3.00" and frame.loc["AdamW", "c / a (tokens)"] == "3 k"
     large = table(runs(lambda b: 3 + 9e6 / b), TARGET)
     assert large.loc["AdamW", "c / a (tokens)"] == "3 M"
 
 
 def test_the_table_counts_seeds_and_says_where_there_is_no_floor() -> None:
-    two = table(runs(lambda b: 9000 / b - 1, 1) + runs(lambda b: 9000 / b - 1, 2), TARGET).loc["AdamW"]
-    assert (two["n"], two["floor a (steps)"], two["c / a (tokens)"]) == (2, "0.0", "no floor")
+    two = table(runs(lambda b: 3 + 9000 / b, 1) + runs(lambda b: 9000 / b - 1, 2), TARGET).loc["AdamW"]
+    assert (two["n"], two["floor a (steps)"][:4], two["c / a (tokens)"]) == (2, "1.50", "no floor")
+    short = table(runs(lambda b: 3.0, 1, (64,)), TARGET).loc["AdamW"]
+    assert (short["floor a (steps)"], short["c / a (tokens)"]) == ("-", "-")
+
+
+def test_floor_and_scale_are_those_of_each_seeds_fit_with_their_intervals() -> None:
+    laws = {1: (3.0, 9000.0), 2: (4.0, 8000.0), 3: (5.0, 20000.0)}
+    row = table([run for seed, (a, c) in laws.items() for run in runs(lambda b: a + c / b, seed)], TARGET).loc["AdamW"]
+    spread = 4.302653 / 3**0.5  # Student's t of two degrees of freedom
+    assert row["floor a (steps)"] == f"{4:.2f} ± {spread:.2f}"
+    logs = [math.log(c / a) for a, c in laws.values()]
+    mean, deviation = sum(logs) / 3, statistics.stdev(logs)
+    low, high = (math.exp(mean + sign * spread * deviation) / 1e3 for sign in (-1, 1))
+    assert row["c / a (tokens)"] == f"{math.exp(mean) / 1e3:.3g} k ({low:.3g} k to {high:.3g} k)"
+
+
+@pytest.mark.parametrize("floor", [10.0, 1e6])
+def test_a_method_that_gains_nothing_from_a_larger_batch_still_has_a_critical_batch(floor: float) -> None:
+    steps = critical(runs(lambda b: floor + 1e-3 / b), TARGET)
+    assert steps.mean == pytest.approx(1.2 * BATCHES[0])

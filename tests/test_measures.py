@@ -42,6 +42,13 @@ def test_the_critical_ratio_is_over_the_larger_of_the_others() -> None:
     assert (found.mean, found.n, found.censored) == (pytest.approx(4.0), 1, 0)
 
 
+def test_the_critical_ratio_to_be_below_all_is_over_the_smaller_of_the_others() -> None:
+    both = groups(scaling("adamw", 16), scaling("soap", 16), scaling("muon", 64))
+    assert measures.critical_ratio("adamw", ("soap", "muon"), least=True)(both, TARGET).mean == pytest.approx(1)
+    lost = groups(scaling("adamw", 16), ended_above(scaling("soap", 64), 16), scaling("muon", 64))
+    assert math.isnan(measures.critical_ratio("adamw", ("soap", "muon"), least=True)(lost, TARGET).mean)
+
+
 def test_a_method_that_still_scales_gives_a_lower_bound_of_the_ratio() -> None:
     ratio = measures.critical_ratio("gauss_newton", ("soap", "muon"))
     found = ratio(groups(scaling("gauss_newton", 1024), scaling("soap", 16), scaling("muon", 64)), TARGET)
