@@ -16,8 +16,6 @@ Triton comes with the CUDA builds of torch; this module is imported where a GPU 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -229,8 +227,10 @@ def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tupl
 
 
 @triton.jit
-def row_normaliser(Z, vocabulary, COLUMNS: tl.constexpr):
-    """log sum exp of a row of logits, in one sweep."""
+def _loss(Z, Y, LOSS, z_row, vocabulary, COLUMNS: tl.constexpr):
+    """One token's loss, in one sweep over its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * z_row
     lanes = tl.arange(0, COLUMNS)
     top = float("-inf")
     total = tl.zeros([COLUMNS], tl.float32)
@@ -239,27 +239,14 @@ def row_normaliser(Z, vocabulary, COLUMNS: tl.constexpr):
         new_top = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
         top = new_top
-    return top + tl.log(tl.sum(total, 0))
-
-
-@triton.jit
-def _loss(Z, Y, LOSS, z_row, vocabulary, COLUMNS: tl.constexpr):
-    """One token's loss, in one sweep over its logits."""
-    row = tl.program_id(0).to(tl.int64)
-    Z += row * z_row
     chosen = tl.load(Z + tl.load(Y + row)).to(tl.float32)
-    tl.store(LOSS + row, row_normaliser(Z, vocabulary, COLUMNS) - chosen)
+    tl.store(LOSS + row, top + tl.log(tl.sum(total, 0)) - chosen)
 
 
 def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
     """Mean over the n rows of -log softmax(z)[y]; z [n, V] contiguous in V, y [n]. Computed in fp32."""
-    return mean_over_rows(_loss, z, y)
-
-
-def mean_over_rows(kernel: Any, z: Tensor, y: Tensor) -> Tensor:
-    """Of the numbers that a program for each row of z [n, V] and its target y [n] stores."""
     n, vocabulary = z.shape
     loss = torch.empty(n, dtype=torch.float32, device=z.device)
     columns = min(SWEEP, triton.next_power_of_2(vocabulary))
-    kernel[(n,)](z, y, loss, z.stride(0), vocabulary, COLUMNS=columns, num_warps=max(4, columns // 512))
+    _loss[(n,)](z, y, loss, z.stride(0), vocabulary, COLUMNS=columns, num_warps=max(4, columns // 512))
     return loss.mean()
