@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gnlib import head
-from gnlib.config import ConfigError, RunConfig
+from gnlib.config import ComputeConfig, ConfigError, RunConfig
 from gnlib.linearise import DecoderLinearisation
 from gnlib.losses import CrossEntropy
 from gnlib.methods import Changes
@@ -203,10 +203,8 @@ def matmul_rate(precision: str, device: torch.device) -> float:
     """TFLOP/s of one large product of random matrices in that precision: what a step could reach at most."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    ms = statistics.median(timed(lambda: a @ b, 10, device))
-    torch.set_float32_matmul_precision(before)
+    with matmul_precision(ComputeConfig(precision=precision), device):
+        ms = statistics.median(timed(lambda: a @ b, 10, device))
     return 2 * size**3 / ms / 1e9
 
 

@@ -215,6 +215,10 @@ class ComputeConfig(Section):
 MACHINE = {"data": ("fingerprint",), "compute": ("compile", "micro_batch", "deterministic", "threads")}
 
 
+CONJUGATE_GRADIENT = "conjugate_gradient"
+"""The inner solver whose steps share the whole outer batch (`gnlib.conjugate_gradient`)."""
+
+
 class RunConfig(Section):
     """Everything that determines a run."""
 
@@ -236,7 +240,7 @@ class RunConfig(Section):
         steps, micro = self.method.inner.steps, self.compute.micro_batch
         if self.outer_batch % steps:
             _refuse("outer_batch", f"{self.outer_batch} sequences must be a multiple of method.inner.steps {steps}")
-        inner_batch = self.outer_batch // steps
+        inner_batch = self.outer_batch // (1 if self.method.inner.optimizer == CONJUGATE_GRADIENT else steps)
         if inner_batch > micro and inner_batch % micro:
             _refuse("compute.micro_batch", f"{micro} must divide the inner batch of {inner_batch} sequences")
         return self

@@ -22,7 +22,6 @@ from gnlib.linearise import Parameters, linearise
 from gnlib.losses import ConvexLoss
 from gnlib.objective import TrueLoss, curvature_product
 
-NAME = "conjugate_gradient"  # of the inner optimiser
 OPTIONS = {"damping": 0.1, "tolerance": 5e-4, "fraction": 0.125}
 
 Batches = Sequence[tuple[Tensor, Tensor]]  # of equal sizes
@@ -79,7 +78,8 @@ class HessianFree:
 
     def __init__(self, model: nn.Module, loss: ConvexLoss, method: MethodConfig, blocks: Sequence[Block]) -> None:
         if method.objective != "gauss_newton" or method.ridge:
-            raise ConfigError(f"method.inner.optimizer: {NAME} needs objective gauss_newton, without a ridge")
+            needed = "objective gauss_newton, without a ridge"
+            raise ConfigError(f"method.inner.optimizer: conjugate_gradient needs {needed}")
         options = _checked(method.inner.options)
         self.model, self.loss, self.blocks, self.most = model, loss, blocks, method.inner.steps
         self.tolerance, self.fraction = options["tolerance"], options["fraction"]
@@ -173,7 +173,8 @@ def adjustment(change: float, predicted: float) -> float:
 
 def _checked(options: dict[str, Any]) -> dict[str, float]:
     if unknown := sorted(set(options) - set(OPTIONS)):
-        raise ConfigError(f"method.inner.options: {NAME} takes no {unknown[0]!r}; allowed: {', '.join(OPTIONS)}")
+        allowed = ", ".join(OPTIONS)
+        raise ConfigError(f"method.inner.options: conjugate_gradient takes no {unknown[0]!r}; allowed: {allowed}")
     chosen = OPTIONS | options
     if not (chosen["damping"] > 0 and chosen["tolerance"] >= 0 and 0 < chosen["fraction"] <= 1):
         raise ConfigError("method.inner.options: damping > 0, tolerance >= 0 and 0 < fraction <= 1 are needed")

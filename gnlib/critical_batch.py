@@ -127,7 +127,7 @@ def table(records: Sequence[Record], target: float) -> pd.DataFrame:
 
 
 def _scale(fits: Sequence[tuple[float, float]]) -> str:
-    if any(math.isnan(floor) for floor, _ in fits):
+    if any(math.isnan(floor) or slope <= 0 for floor, slope in fits):  # or the steps grow with the batch
         return "-"
     return str(_geometric([slope / floor for floor, slope in fits])) if all(floor for floor, _ in fits) else "no floor"
 

@@ -10,8 +10,7 @@ from statistics import median
 from typing import Literal
 
 from gnlib.blocks import partition
-from gnlib.config import DataConfig, ModelConfig, RunConfig
-from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
+from gnlib.config import CONJUGATE_GRADIENT, DataConfig, ModelConfig, RunConfig
 from gnlib.conjugate_gradient import most_passes
 from gnlib.flops import gradient_units
 from gnlib.line_search import step_sizes

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnlib.config import ConfigError, InnerConfig, LineSearchConfig, RunConfig
-from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
+from gnlib.config import CONJUGATE_GRADIENT, ConfigError, InnerConfig, LineSearchConfig, RunConfig
 from gnlib.linearise import linearise, outputs_of
 from gnlib.losses import ConvexLoss, CrossEntropy, MeanSquaredError
 from gnlib.optimizers import find, try_out

@@ -213,9 +213,11 @@ def _short_expansion(
 def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(L(z), the subproblem's value at v, its derivative in v), means over the n rows; overwrites v with the last.
 
-    z, v [n, V] contiguous in V, y [n]; `prox` keeps the whole loss (GN-prox-linear), else its quadratic model (GN).
+    z, v [n, V], y [n]; `prox` keeps the whole loss (GN-prox-linear), else its quadratic model (GN).
     """
     n, vocabulary = z.shape
+    z, y = _rows(z), y.contiguous()
+    v = _rows(v) if v.stride(0) >= vocabulary else v.contiguous()  # it is written to
     loss, value = torch.empty(2, n, dtype=torch.float32, device=z.device)
     whole = triton.next_power_of_2(vocabulary)
     kernel, columns = (_short_expansion, whole) if SWEEP < whole <= SHORT else (_expansion, min(SWEEP, whole))
@@ -224,6 +226,11 @@ def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tupl
         z, v, y, loss, value, z.stride(0), v.stride(0), vocabulary, n, PROX=prox, COLUMNS=columns, num_warps=warps
     )
     return loss.mean(), value.mean(), v
+
+
+def _rows(z: Tensor) -> Tensor:
+    """With each row contiguous, as the kernels read it."""
+    return z if z.stride(-1) == 1 else z.contiguous()
 
 
 @triton.jit
@@ -244,8 +251,9 @@ def _loss(Z, Y, LOSS, z_row, vocabulary, COLUMNS: tl.constexpr):
 
 
 def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
-    """Mean over the n rows of -log softmax(z)[y]; z [n, V] contiguous in V, y [n]. Computed in fp32."""
+    """Mean over the n rows of -log softmax(z)[y]; z [n, V], y [n]. Computed in fp32."""
     n, vocabulary = z.shape
+    z, y = _rows(z), y.contiguous()
     loss = torch.empty(n, dtype=torch.float32, device=z.device)
     columns = min(SWEEP, triton.next_power_of_2(vocabulary))
     _loss[(n,)](z, y, loss, z.stride(0), vocabulary, COLUMNS=columns, num_warps=max(4, columns // 512))

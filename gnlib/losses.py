@@ -70,6 +70,10 @@ class CrossEntropy:
         """L of p = softmax(z): log sum exp z = max z - log max p, and max p >= 1/V cannot underflow as p[y] can."""
         return (z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log() - _chosen(z, y)).mean()
 
+    def predictions(self, z: Tensor) -> int:
+        """The n that means are over."""
+        return z[..., 0].numel()
+
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Targets drawn from the model, y ~ softmax(z): [..., V] -> [...]; `generator` is of the CPU."""
         cumulative = _wide(z).softmax(-1).cumsum(-1)
@@ -94,6 +98,9 @@ class MeanSquaredError:
 
     def hessian_product(self, z: Tensor, y: Tensor, v: Tensor) -> Tensor:
         return v / len(z)
+
+    def predictions(self, z: Tensor) -> int:
+        return len(z)
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Targets drawn from the model, y ~ N(z, 1), the shape of z; `generator` is of the CPU."""

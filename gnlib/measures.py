@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from gnlib.critical_batch import CriticalBatch, critical
@@ -76,7 +77,9 @@ def critical_ratio(method: str, others: Sequence[str], least: bool = False) -> M
             chosen = min(theirs, key=_size)
         if own.bound == "below" or "above" in {other.bound for other in theirs}:
             return Estimate(math.nan, None, own.n)  # nothing can be said either way
-        return _quotient(own, chosen)
+        found = _quotient(own, chosen)
+        unknown = least and "below" in {other.bound for other in theirs}  # another may be the smallest
+        return replace(found, half_width=None, censored=found.n) if unknown else found
 
     return measure
 

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from modulefinder import ModuleFinder
@@ -66,7 +66,7 @@ class Solver:
         """One step along a gradient (by parameter name, used up); returns its norm before clipping."""
         for name, parameter in self.parameters.items():
             parameter.grad = gradient[name].to(parameter.dtype)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.clip or float("inf"))
+        norm = self._clipped()
         for group in self._groups():
             group["lr"] = group["initial_lr"] * lr_factor
         for optimizer in self.optimizers:
@@ -74,13 +74,20 @@ class Solver:
             optimizer.zero_grad()
         return norm
 
-    def observe(self, model: nn.Module, loss: ConvexLoss, batches: Sequence[Tensor]) -> float:
+    def _clipped(self) -> Tensor:
+        """The gradients' norm, to which they are clipped if it is larger than `clip`."""
+        parameters = list(self.parameters.values())
+        if self.clip is None:  # not by infinity: a norm that overflows would make NaN of them
+            return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+
+    def observe(self, model: nn.Module, loss: ConvexLoss, batches: Sequence[Tensor], anchored: bool = False) -> float:
         """Show the coming step's inputs, in equal micro-batches, to the optimisers that learn curvature from them.
 
-        Returns the cost in forward passes of the batch.
+        At their own parameters or, `anchored`, at the model's. Returns the cost in forward passes of the batch.
         """
         due = [o for o in self.optimizers if isinstance(o, Observer) and o.due()]
-        return sum(o.observe(SampledLoss(model, loss, self.parameters, batches)) for o in due)
+        return sum(o.observe(SampledLoss(model, loss, self.parameters, batches, anchored)) for o in due)
 
     def train(self) -> None:
         """Put the parameters where gradients are wanted: schedule-free methods train beside what they evaluate."""
@@ -97,10 +104,7 @@ class Solver:
     def state_bytes(self) -> dict[str, int]:
         """Size of the tensors that the optimisers keep for each parameter, by name; what a checkpoint holds."""
         kept = {id(p): values for o in self.optimizers for p, values in o.state.items()}
-        tensors = {
-            n: [v for v in kept.get(id(p), {}).values() if isinstance(v, Tensor)] for n, p in self.parameters.items()
-        }
-        return {name: sum(v.numel() * v.element_size() for v in values) for name, values in tensors.items()}
+        return {name: _tensor_bytes(kept.get(id(p))) for name, p in self.parameters.items()}
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [optimizer.state_dict() for optimizer in self.optimizers]
@@ -108,6 +112,15 @@ class Solver:
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
+
+
+def _tensor_bytes(kept: Any) -> int:
+    """Of a tensor, or of all in lists, tuples and dictionaries of them."""
+    if isinstance(kept, Tensor):
+        return kept.numel() * kept.element_size()
+    if isinstance(kept, Mapping):
+        kept = list(kept.values())
+    return sum(map(_tensor_bytes, kept)) if isinstance(kept, (list, tuple)) else 0
 
 
 def find(name: str) -> Entry:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gnlib.blocks import hidden_matrices, partition
-from gnlib.config import ComputeConfig, MethodConfig
-from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
+from gnlib.config import CONJUGATE_GRADIENT, ComputeConfig, MethodConfig
 from gnlib.conjugate_gradient import HessianFree
 from gnlib.line_search import line_search, move
 from gnlib.losses import ConvexLoss
@@ -81,8 +80,10 @@ class OuterStep:
         self.loss = loss
         self.forward_loss = forward_loss(loss, config.compute.compile)
         self.objective = build_objective(config.method, loss, config.compute.compile)
-        self.solution = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
         self.blocks = partition(model, config.method.blocks)
+        moving = {name for block in self.blocks for name in block}  # frozen ones stay as the model has them
+        named = [(name, p) for name, p in model.named_parameters() if name in moving]
+        self.solution = {name: p.detach().clone().requires_grad_() for name, p in named}
         self._renew_solvers()
         self.done = 0
 
@@ -104,7 +105,8 @@ class OuterStep:
 
     def step(self, stream: Stream) -> StepInfo:
         """One outer step on fresh batches of `stream`; the model ends at theta_{t+1}."""
-        anchor = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        parameters = dict(self.model.named_parameters())
+        anchor = {name: parameters[name].detach().clone() for name in self.solution}
         self._start(anchor)
         train_loss, passes = self._conjugate(stream, self.hessian_free) if self.hessian_free else self._descend(stream)
         search = self.config.method.line_search
@@ -123,14 +125,14 @@ class OuterStep:
 
     @torch.no_grad()
     def _start(self, anchor: dict[str, Tensor]) -> None:
-        """From the last inner solution, unless it is not finite: then, as without a warm start, afresh."""
+        """From the last inner solution; afresh without a warm start, at the first step, or if it is not finite."""
         method = self.config.method
         baseline = method.objective == "loss"
-        if not baseline and method.inner.warm_start and self._is_finite():
+        if not baseline and method.inner.warm_start and self.done and self._is_finite():
             return
         for name, theta in self.solution.items():
             theta.copy_(anchor[name])
-        if not baseline:
+        if not baseline and self.done:
             self._renew_solvers()
 
     def _is_finite(self) -> bool:
@@ -172,7 +174,9 @@ class OuterStep:
         loss, units = torch.zeros((), device=self.device), 0.0
         batches = list(self._micro_batches(stream, sequences, "train"))
         # in the parameters' own precision: K-FAC takes eigenvectors of what it sees
-        seen = [solver.observe(self.model, self.loss, [inputs for inputs, _ in batches]) for solver in self.solvers]
+        shown = [inputs for inputs, _ in batches]
+        anchored = self.config.method.objective != "loss"  # a subproblem's curvature is that at theta_t
+        seen = [solver.observe(self.model, self.loss, shown, anchored) for solver in self.solvers]
         for inputs, targets in batches:
             with matmul_precision(self.config.compute, self.device):
                 evaluations = self.objective.evaluate(self.model, points, inputs, targets)

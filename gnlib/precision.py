@@ -5,8 +5,8 @@ Parameters, optimiser states, norms, softmax and losses stay in fp32 (or fp64).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -16,13 +16,17 @@ from torch import Tensor
 from gnlib.config import ComputeConfig
 
 
-def matmul_precision(compute: ComputeConfig, device: torch.device) -> AbstractContextManager[object]:
+@contextmanager
+def matmul_precision(compute: ComputeConfig, device: torch.device) -> Iterator[None]:
     """The context for forward passes and their derivatives; optimisers stay outside it, in full precision."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if compute.precision == "tf32" else "highest")
-    if compute.precision != "bf16":
-        return nullcontext()
-    # not cached: a line search moves the parameters in place, and would be given copies from before
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    try:
+        # not cached: a line search moves the parameters in place, and would be given copies from before
+        with torch.autocast(device.type, torch.bfloat16, compute.precision == "bf16", cache_enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 _KEPT = 2**30  # bytes
+_LEAST_KEPT = 2**25  # the most that glibc before 2.35 takes for the second
 
 
 def use_processor(threads: int) -> None:
@@ -21,5 +22,5 @@ def use_processor(threads: int) -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
-    mallopt(_MMAP_THRESHOLD, _KEPT)
-    mallopt(_TRIM_THRESHOLD, _KEPT)
+    if mallopt(_MMAP_THRESHOLD, _KEPT) or mallopt(_MMAP_THRESHOLD, _LEAST_KEPT):
+        mallopt(_TRIM_THRESHOLD, _KEPT)  # alone it would stop the first from adapting itself

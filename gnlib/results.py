@@ -18,7 +18,7 @@ from gnlib.record import Record, Row
 if TYPE_CHECKING:
     import pandas as pd
 
-# two-sided 95 % points of Student's t for n - 1 = 1, 2, ... degrees of freedom; the normal's beyond
+# two-sided 95 % points of Student's t for n - 1 = 1, 2, ... degrees of freedom; beyond, the last
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
@@ -154,7 +154,7 @@ def estimate(values: Sequence[float], censored: Sequence[bool] = ()) -> Estimate
     """Mean and 95 % interval (Student's t over the seeds)."""
     n = len(values)
     mean = sum(values) / n
-    if n == 1:
+    if n == 1 or not math.isfinite(mean):
         return Estimate(mean, None, n, sum(censored))
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
     t = _T95[min(n - 2, len(_T95) - 1)]  # beyond the table its last, which is wider

@@ -20,15 +20,21 @@ from gnlib.losses import ConvexLoss
 class SampledLoss:
     """The model at theta on a batch, with labels of its own instead of the data's."""
 
-    def __init__(self, model: nn.Module, loss: ConvexLoss, theta: Parameters, batches: Sequence[Tensor]) -> None:
-        """`theta`: by name, the other parameters as the model has them; `batches`: inputs in equal micro-batches."""
-        if not hasattr(loss, "sample"):
+    def __init__(
+        self, model: nn.Module, loss: ConvexLoss, theta: Parameters, batches: Sequence[Tensor], anchored: bool = False
+    ) -> None:
+        """`theta`: by name, the other parameters as the model has them; `batches`: inputs in equal micro-batches.
+
+        `anchored`: at the model's own parameters, to which the curvature of a linearised subproblem belongs, not theta.
+        """
+        if not (hasattr(loss, "sample") and hasattr(loss, "predictions")):
             raise ConfigError(
                 f"method.inner.optimizer: needs a loss that can draw labels; {type(loss).__name__} cannot"
             )
         self.model, self.loss, self.batches = model, loss, batches
         self.names = {id(tensor): name for name, tensor in theta.items()}
-        self.theta = {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
+        here = dict(model.named_parameters()) if anchored else theta
+        self.theta = {name: here[name].detach().requires_grad_() for name in theta}
 
     def values(self, seed: int) -> Iterator[tuple[Tensor, int]]:
         """Each micro-batch's mean sampled loss, with its graph to `theta`, and its number of predictions.
@@ -39,7 +45,7 @@ class SampledLoss:
         for inputs in self.batches:
             z = torch.func.functional_call(self.model, self.theta, (inputs,))
             labels = self.loss.sample(z.detach(), generator)  # type: ignore[attr-defined]
-            yield self.loss.value(z, labels), z[..., 0].numel()
+            yield self.loss.value(z, labels), self.loss.predictions(z)  # type: ignore[attr-defined]
 
     def gradient(self, seed: int) -> tuple[dict[str, Tensor], int]:
         """Of the mean over the whole batch, by parameter name, and the number of predictions."""

@@ -154,6 +154,8 @@ class _Run:
         weights = start_weights(config, device)  # may train, with settings of its own
         if weights is not None:
             self.model.load_state_dict(weights)
+        if device.type == "cuda":  # what the start or a run before in this process took is not this run's
+            torch.cuda.reset_peak_memory_stats(device)
         use_processor(config.compute.threads)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
         torch.use_deterministic_algorithms(config.compute.deterministic, warn_only=True)

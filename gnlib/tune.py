@@ -14,8 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gnlib.config import ConfigError, RunConfig
-from gnlib.conjugate_gradient import NAME as CONJUGATE_GRADIENT
+from gnlib.config import CONJUGATE_GRADIENT, ConfigError, RunConfig
 from gnlib.files import exclusive, replacing
 from gnlib.methods import Changes
 from gnlib.optimizers import find as optimizer

@@ -10,7 +10,8 @@ import torch
 
 from gnlib.bench import METHODS, as_text, bench, matmul_rate, random_batch, timed
 from gnlib.cli import app
-from gnlib.config import ConfigError
+from gnlib.config import ComputeConfig, ConfigError
+from gnlib.precision import matmul_precision
 from gnlib.profiles import run_config
 
 KEYS = {"size", "method", "precision", "device", "ms", "tokens_per_s", "peak_gib", "ratio_to_standard", "n"}
@@ -69,6 +70,20 @@ def test_every_timed_step_has_a_time_and_the_warm_up_has_none() -> None:
     calls: list[int] = []
     assert len(timed(lambda: calls.append(1), 3, CPU)) == 3
     assert len(calls) > 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_the_precision_of_products_is_as_it_was_once_they_are_done(precision: str) -> None:
+    """The optimisers' own, SOAP's or K-FAC's, are in full precision."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with matmul_precision(ComputeConfig(precision=precision), CPU):
+            assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert product.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_rate_of_a_matrix_product_leaves_the_precision_as_it_was() -> None:

@@ -180,6 +180,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "heads of odd width": ({"model": {"width": 12, "heads": 4}}, "model.heads"),
     "inner steps that do not divide": ({"outer_batch": 10, "method": {"inner": {"steps": 3}}}, "outer_batch"),
     "micro-batches that do not divide": ({"outer_batch": 24, "compute": {"micro_batch": 16}}, "compute.micro_batch"),
+    "micro-batches that do not divide what conjugate gradients take at once": (
+        {
+            "outer_batch": 99, "compute": {"micro_batch": 64},
+            "method": {"objective": "gauss_newton", "inner": {"optimizer": "conjugate_gradient", "steps": 3}},
+        },
+        "compute.micro_batch",
+    ),
 }
 
 

@@ -140,13 +140,16 @@ def test_the_table_has_a_row_a_method() -> None:
 def test_the_table_counts_seeds_and_says_where_there_is_no_floor() -> None:
     two = table(runs(lambda b: 3 + 9000 / b, 1) + runs(lambda b: 9000 / b - 1, 2), TARGET).loc["AdamW"]
     assert (two["n"], two["floor a (steps)"][:4], two["c / a (tokens)"]) == (2, "1.50", "no floor")
+    growing = table(runs(lambda b: b / 1000, 1), TARGET).loc["AdamW"]
+    assert growing["c / a (tokens)"] == "-"
     short = table(runs(lambda b: 3.0, 1, (64,)), TARGET).loc["AdamW"]
     assert (short["floor a (steps)"], short["c / a (tokens)"]) == ("-", "-")
 
 
 def test_floor_and_scale_are_those_of_each_seeds_fit_with_their_intervals() -> None:
     laws = {1: (3.0, 9000.0), 2: (4.0, 8000.0), 3: (5.0, 20000.0)}
-    row = table([run for seed, (a, c) in laws.items() for run in runs(lambda b: a + c / b, seed)], TARGET).loc["AdamW"]
+    records = [run for seed, (a, c) in laws.items() for run in runs(lambda b, a=a, c=c: a + c / b, seed)]  # type: ignore[misc]
+    row = table(records, TARGET).loc["AdamW"]
     spread = 4.302653 / 3**0.5  # Student's t of two degrees of freedom
     assert row["floor a (steps)"] == f"{4:.2f} ± {spread:.2f}"
     logs = [math.log(c / a) for a, c in laws.values()]

@@ -294,6 +294,35 @@ def test_lower_precision_of_products_keeps_the_parameters_in_their_own(precision
     assert not torch.equal(ends[1]["0.weight"], parameters(model)["0.weight"])
 
 
+def test_the_first_step_starts_at_the_weights_that_the_model_then_has() -> None:
+    """Pretrained ones may be loaded after the optimiser was made, as with any of torch's."""
+    case, ends = classifier_case(), []
+    pretrained = mlp((5, 6, 4), nn.GELU, seed=3).state_dict()
+    for loaded_first in (True, False):
+        model = mlp((5, 6, 4), nn.GELU, seed=0)
+        if loaded_first:
+            model.load_state_dict(pretrained)
+        optimizer = newton(model, line_search=False)
+        model.load_state_dict(pretrained)
+        optimizer.step([(case.inputs, case.targets)] * 2)
+        ends.append(parameters(model))
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+def test_a_frozen_parameter_stays_as_its_owner_sets_it() -> None:
+    case = classifier_case()
+    name, frozen = next(iter(case.model.named_parameters()))
+    frozen.requires_grad_(False)
+    optimizer = newton(case.model)
+    endless = batches(case.inputs, case.targets, 3)
+    for value in (0.5, 0.25):
+        with torch.no_grad():
+            frozen.fill_(value)
+        optimizer.step(endless)
+        assert (frozen == value).all()
+    assert name not in optimizer.state_dict()["solution"]
+
+
 # ---------------------------------------------------------------- resuming
 
 

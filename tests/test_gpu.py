@@ -183,6 +183,20 @@ def test_the_expansion_over_a_vocabulary_is_that_of_float64(
     assert _distance(u, expected[2]) < (4e-3 if dtype == torch.bfloat16 else 2e-6)  # u is rounded to v's dtype
 
 
+def test_logits_and_targets_may_lie_in_memory_in_any_order() -> None:
+    z, v, y = _logits(torch.float32, 301)
+    objective = GaussNewtonObjective(CrossEntropy())
+    expected = objective.expand(z.double(), y, v.double())
+    strided = torch.stack([y, y.flip(0)], -1)[:, 0]
+    same_change = v[:1].expand(7, 301)
+    for left, right, targets in ((z, v, strided), (z.mT.contiguous().mT, v.mT.contiguous().mT, y)):
+        assert kernels().cross_entropy(left, targets).item() == pytest.approx(expected[0].item(), rel=2e-6)
+        _, value, u = kernels().cross_entropy_expansion(left, targets, right.clone(), False)
+        assert value.item() == pytest.approx(expected[1].item(), rel=2e-6) and _distance(u, expected[2]) < 2e-6
+    _, _, u = kernels().cross_entropy_expansion(z, y, same_change, False)
+    assert _distance(u, objective.expand(z.double(), y, same_change.double())[2]) < 2e-6
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", BOUNDS)
 def test_the_line_searchs_loss_agrees_with_float64(

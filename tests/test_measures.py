@@ -49,6 +49,14 @@ def test_the_critical_ratio_to_be_below_all_is_over_the_smaller_of_the_others() 
     assert math.isnan(measures.critical_ratio("adamw", ("soap", "muon"), least=True)(lost, TARGET).mean)
 
 
+def test_below_all_of_several_is_a_lower_bound_where_one_of_them_may_be_smaller() -> None:
+    soap = ended_above(scaling("soap", 64), 256, 1024)  # B* is at most 1.2 times 64
+    for muon in (16, 64):
+        both = groups(scaling("adamw", 16), soap, scaling("muon", muon))
+        found = measures.critical_ratio("adamw", ("soap", "muon"), least=True)(both, TARGET)
+        assert found.censored == 1 and found.mean == pytest.approx(16 / muon)
+
+
 def test_a_method_that_still_scales_gives_a_lower_bound_of_the_ratio() -> None:
     ratio = measures.critical_ratio("gauss_newton", ("soap", "muon"))
     found = ratio(groups(scaling("gauss_newton", 1024), scaling("soap", 16), scaling("muon", 64)), TARGET)

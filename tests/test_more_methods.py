@@ -166,6 +166,13 @@ def test_state_is_counted_as_equations_have_it() -> None:
     assert counted["muon"][0] == matrices + 2 * others + 4 * (tensors - hidden)
 
 
+def test_state_in_lists_is_counted_too() -> None:
+    """SOAP's two moments, and for each matrix r x c two factors and their eigenvectors, r^2 and c^2 each."""
+    state, matrices, others = state_bytes("soap")
+    squares = [sum(size**2 for size in p.shape) for p in tiny_decoder().parameters() if p.ndim == 2]
+    assert state >= 2 * (matrices + others) + 2 * 4 * sum(squares)
+
+
 # ---------------------------------------------------------------- names
 
 

@@ -35,11 +35,19 @@ def test_batched_muon_is_torch_muon(nesterov: bool, adjust: str, iteration: dict
     assert (ends[1] - ends[0]).norm() < 0.02 * moved
 
 
-def test_batched_muon_keeps_torch_muons_state() -> None:
-    """A checkpoint of one loads into the other."""
-    first = torch.nn.Parameter(torch.ones(4, 4))
-    plain, batched = torch.optim.Muon([first], lr=0.1), BatchedMuon([first], lr=0.1)
-    first.grad = torch.eye(4)
-    plain.step()
-    batched.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(batched.state[first]["momentum_buffer"], plain.state[first]["momentum_buffer"])
+@pytest.mark.parametrize(("first", "second"), [(torch.optim.Muon, BatchedMuon), (BatchedMuon, torch.optim.Muon)])
+def test_a_checkpoint_of_one_muon_continues_in_the_other(first: Any, second: Any) -> None:
+    gradients = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for kind in (first, second):
+        parameter = torch.nn.Parameter(torch.ones(4, 6))
+        optimizer = first([parameter], lr=0.1, momentum=0.9)
+        for index, gradient in enumerate(gradients):
+            if index == 2:
+                saved, optimizer = optimizer.state_dict(), kind([parameter], lr=0.1, momentum=0.9)
+                optimizer.load_state_dict(saved)
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        ends.append(parameter.detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=2e-3)
+    assert (ends[0] - 1).norm() > 0.1

@@ -70,6 +70,14 @@ def test_a_step_returns_the_gradient_norm_before_clipping(clip: float | None) ->
     assert_close(solver.step(gradient, 1.0), expected)
 
 
+def test_without_clipping_a_gradient_whose_norm_overflows_is_left_as_it_is() -> None:
+    parameters = {"w": torch.nn.Parameter(torch.zeros(4))}
+    plain = InnerConfig(optimizer="sgd", lr=1e-20, momentum=0.0, weight_decay=0.0, clip=None)
+    solver = Solver(parameters, set(), plain)
+    norm = solver.step({"w": torch.full((4,), 3e19)}, 1.0)
+    assert norm.isinf() and torch.allclose(parameters["w"], torch.full((4,), -0.3))
+
+
 def test_sgd_follows_its_equations() -> None:
     """v <- mu v + g; theta <- theta - lr v."""
     start = _start()

@@ -12,30 +12,41 @@ import torch
 from gnlib.processor import use_processor
 
 STEPS = """
-import resource, sys, torch
+import resource, torch
 from gnlib.processor import use_processor
-if sys.argv[1] == "kept":
-    use_processor(1)
-def step():  # 64 MiB of activations, let go at its end
-    kept = [torch.ones(2**22) for _ in range(4)]
-for _ in range(3):
-    step()
+use_processor(1)
+def step():  # 192 MiB of activations, let go at its end
+    kept = [torch.ones(2**22) for _ in range(12)]
+step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
+step()
+step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-
-
-def faults(how: str) -> int:
-    return int(subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True).stdout)
+PAGES = 2 * 12 * 2**24 // 4096  # nearly all of which are faulted in by default
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_a_step_does_not_fault_in_the_memory_that_the_last_one_let_go() -> None:
-    pages = 10 * 4 * 2**24 // 4096
-    assert faults("by default") > pages / 2  # else there would be nothing to keep
-    assert faults("kept") < pages / 100
+    faults = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True).stdout
+    assert int(faults) < PAGES / 100
+
+
+def test_where_glibc_takes_no_such_threshold_the_largest_that_it_takes_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other alone would make things worse than they were."""
+    for most, expected in ((2**30, [(-3, 2**30), (-1, 2**30)]), (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**30)]),
+                           (0, [(-3, 2**30), (-3, 2**25)])):  # fmt: skip
+        calls: list[tuple[int, int]] = []
+
+        class Library:
+            @staticmethod
+            def mallopt(what: int, size: int, calls: list[tuple[int, int]] = calls, most: int = most) -> int:
+                calls.append((what, size))
+                return int(what == -1 or size <= most)
+
+        monkeypatch.setattr("ctypes.CDLL", lambda name, found=Library: found)
+        use_processor(1)
+        assert calls == expected
 
 
 def test_it_sets_the_threads_where_the_c_library_is_another(monkeypatch: pytest.MonkeyPatch) -> None:

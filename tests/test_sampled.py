@@ -100,6 +100,46 @@ def test_the_sampled_gradients_second_moment_is_the_gauss_newton_diagonal() -> N
     assert_close(torch.cat([f.flatten() for f in found.values()]), expected, 0.05)
 
 
+@pytest.mark.parametrize("shape", [(12,), (12, 1), (4, 3)])
+def test_for_a_regression_it_is_the_gauss_newton_diagonal_whatever_the_outputs_shape(shape: tuple[int, ...]) -> None:
+    """Of the squared error, whose n is the length of z."""
+    layer = nn.Linear(2, math.prod(shape[1:]))
+    model = nn.Sequential(layer, nn.Flatten(0)) if len(shape) == 1 else layer
+    x = torch.randn(shape[0], 2, generator=seeded(1))
+    sampled = SampledLoss(model, MeanSquaredError(), dict(model.named_parameters()), x.chunk(2))
+    draws = [sampled.gradient(seed) for seed in range(3000)]
+    names = list(draws[0][0])
+    found = {name: torch.stack([n * draw[name].square() for draw, n in draws]).mean(0) for name in names}
+    J = dense_jacobian(model, x, names)
+    expected = J.square().sum(0) / len(model(x))
+    assert_close(torch.cat([f.flatten() for f in found.values()]), expected, 0.05)
+
+
+def test_inside_gauss_newton_curvature_is_that_at_the_anchor_and_for_a_baseline_at_its_own_point(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A linearised subproblem's Hessian is J^T H J at theta_t, wherever the inner solver has come to."""
+    points: list[dict[str, Tensor]] = []
+
+    def gradient(sampled: SampledLoss, seed: int) -> tuple[dict[str, Tensor], int]:
+        points.append({name: theta.detach().clone() for name, theta in sampled.theta.items()})
+        return {name: torch.ones_like(theta) for name, theta in sampled.theta.items()}, 1
+
+    monkeypatch.setattr(SampledLoss, "gradient", gradient)
+    for objective in ("gauss_newton", "loss"):
+        points.clear()
+        case = classifier_case()
+        inner = {"optimizer": "sophia_g", "lr": 0.1, "steps": 2, "options": {"period": 1}}
+        changes = {f"method.inner.{name}": value for name, value in inner.items()}
+        config = run_config(**{"method.objective": objective, "outer_batch": 6}, **changes)
+        outer = OuterStep(case.model, case.loss, config)
+        anchor = {name: p.detach().clone() for name, p in case.model.named_parameters()}
+        outer.step(ListStream(case.inputs, case.targets))
+        first, second = points
+        assert all(torch.equal(first[name], anchor[name]) for name in anchor)
+        assert all(torch.equal(second[name], anchor[name]) for name in anchor) == (objective == "gauss_newton")
+
+
 def test_a_loss_that_cannot_draw_labels_is_a_one_line_error() -> None:
     class Own:
         pass
