@@ -267,6 +267,9 @@ def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row per size, precision and method: what a step takes, and its share of the matrix-product ceiling."""
     import pandas as pd
 
+    if not rows:
+        raise ConfigError("rows: none; `gnlib bench --json data/records/<profile>/bench.json` measures a profile's")
+
     columns = ["ms", "tokens_per_s", "peak_gib", "ratio_to_standard", "ceiling", "first_call_s", "n"]
     return pd.DataFrame(rows).set_index(["size", "precision", "method"])[columns]
 

@@ -26,7 +26,7 @@ from gnlib.methods import METHODS, MORE_METHODS
 from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import PROFILES, find_profile, run_config, tuning
-from gnlib.studies import STUDIES, study_configs, tuned_settings
+from gnlib.studies import STUDIES, check_possible, study_configs, tuned_settings
 from gnlib.study import StudyError, UnfinishedError, check_arguments, describe, expected, find, run_study, show_row
 from gnlib.sweep import sweep as sweep_studies
 from gnlib.train import check, pinned, run_folder
@@ -145,6 +145,7 @@ def study(
         executor: processes, or inline for one after the other in this process.
     """
     check_arguments(jobs, executor)  # in a dry run too
+    check_possible(name, profile)
     configs = study_configs(name, profile, seeds, methods)
     records = find(configs, profile, fresh)
     missing = [config for config, record in zip(configs, records, strict=True) if record is None]
@@ -276,12 +277,16 @@ def claims(
 
 @app.command
 def export(profile: str = "laptop") -> None:
-    """Copy the ended records of the profile's studies and tuning from data/runs to data/records, with a manifest.
+    """Copy the ended records of the profile's studies and tuning from data/runs to data/records, with a manifest;
+    records there of other settings, such as those of an older tuning, are removed.
 
     Args:
         profile: A name listed by `gnlib profiles`.
     """
-    print(f"{exports.export(profile)} records in {exports.records_folder(profile)}")
+    kept, removed = exports.export(profile)
+    print(f"{kept} records in {exports.records_folder(profile)}")
+    if removed:
+        print(f"removed, as no study or tuning has their settings any more: {', '.join(removed)}")
 
 
 @app.command

@@ -107,7 +107,8 @@ def compare(
 def start_of(path: str, profile: str, kwargs: Mapping[str, Any]) -> Changes:
     """AdamW's settings in the profile, but with the class at `path`, its defaults and `kwargs`, as changes of a run."""
     kind = imported(path)
-    known = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items() if name != "self"}
+    parameters = inspect.signature(kind.__init__).parameters
+    known = {name: p.default for name, p in list(parameters.items())[2:]}  # after self and what it optimises
     unknown = [name for name in kwargs if name not in known]
     if unknown:
         raise ConfigError(f"kwargs: {kind.__name__} takes no {unknown[0]!r}; allowed: {', '.join(known)}")
@@ -261,7 +262,10 @@ def figure_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def save(comparisons: Sequence[Comparison]) -> Path:
-    """Write data/compare/<import path>/<profile>.png, .pdf, .csv and .json (trials and ratios); returns the folder."""
+    """Write data/compare/<import path>/<profile>.png, .pdf, .csv and .json (trials and ratios); returns the folder.
+
+    The class's options are in the names: `laptop,momentum=0.5.png`.
+    """
     from gnlib import plots
 
     first = comparisons[0]
@@ -271,13 +275,14 @@ def save(comparisons: Sequence[Comparison]) -> Path:
     called = f"{first.path}({options})" if options else first.path
     figure = plots.curves_by_batch(shown, target, f"{called}, {first.profile} profile")
     folder = data_folder() / "compare" / first.path
-    plots.save(figure, shown, first.profile, first.profile, folder)
+    name = ",".join([first.profile, *(f"{option}={value}" for option, value in _options(first).items())])
+    plots.save(figure, shown, first.profile, name, folder)
     report = {
         "kwargs": _options(first),
         "ratios": table(comparisons).reset_index().to_dict("records"),
         "tuning": {c.tokens: entry_of(c.axes, c.trials) for c in comparisons},
     }
-    with replacing(folder / f"{first.profile}.json") as temporary:
+    with replacing(folder / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
 

@@ -316,9 +316,9 @@ def _digest(tree: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def _near(field: str) -> str:
+def _near(field: str, root: type[BaseModel] | None = None) -> str:
     """What may have been meant: fields of that name elsewhere or of a similar one, else those of its section."""
-    names = _names(RunConfig)
+    names = _names(root or RunConfig)
     section, _, leaf = field.rpartition(".")
     same = [name for name in names if name.rpartition(".")[2] == leaf]
     if near := same or difflib.get_close_matches(field, names):
@@ -345,5 +345,6 @@ def _one_line(error: ValidationError) -> str:
         return str(cause)
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{field}: no such field; {_near(field)}"
+        root = next((section for section in Section.__subclasses__() if section.__name__ == error.title), None)
+        return f"{field}: no such field; {_near(field, root)}"
     return f"{field}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})"

@@ -21,8 +21,11 @@ from gnlib.study import load, run_files
 MANIFEST = "SHA256SUMS"
 
 
-def export(profile: str) -> int:
-    """Copy what is in data/runs and belongs to the profile; returns how many records are shipped then."""
+def export(profile: str) -> tuple[int, list[str]]:
+    """Copy what is in data/runs and belongs to the profile, and remove records that do not (any more).
+
+    Returns how many records are shipped then, and the names of those removed.
+    """
     find_profile(profile)
     folder = records_folder(profile)
     wanted = {config.recipe_id for name in STUDIES for config in study_configs(name, profile)}
@@ -40,15 +43,16 @@ def _tuning_runs(folder: Path) -> set[str]:
     return {trial["run"] for entry in table.values() for trial in entry["trials"]}
 
 
-def _write_manifest(folder: Path, wanted: set[str]) -> int:
+def _write_manifest(folder: Path, wanted: set[str]) -> tuple[int, list[str]]:
     shipped = sorted(folder.glob("*.jsonl"))
-    for path in shipped:
-        if path.stem not in wanted:
-            path.unlink()  # of an older tuning or study
-    kept = sorted(folder.glob("*.jsonl"))
-    with replacing(folder / MANIFEST) as temporary:
-        temporary.write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in kept))
-    return len(kept)
+    kept = [path for path in shipped if path.stem in wanted]
+    removed = [path for path in shipped if path.stem not in wanted]  # of an older tuning or study
+    for path in removed:
+        path.unlink()
+    if shipped:
+        with replacing(folder / MANIFEST) as temporary:
+            temporary.write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in kept))
+    return len(kept), [path.stem for path in removed]
 
 
 def verify() -> int:
@@ -57,7 +61,9 @@ def verify() -> int:
     for manifest in sorted((home() / "data" / "records").glob(f"*/{MANIFEST}")):
         listed: dict[str, str] = {}
         for line in manifest.read_text().splitlines():
-            digest, name = line.split("  ")
+            digest, _, name = line.partition("  ")
+            if not name:
+                raise ConfigError(f"{manifest}: not a manifest ({line!r}); `gnlib export` writes one")
             listed[name] = digest
         present = {path.name: _sha256(path) for path in manifest.parent.glob("*.jsonl")}
         for name in sorted(listed.keys() | present.keys()):

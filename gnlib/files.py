@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from threading import get_ident
+from typing import Any
 
-from filelock import FileLock
+import torch
+from filelock import FileLock, Timeout
+
+from gnlib.config import ConfigError
+
+PATIENCE = 2.0
+"""Seconds that a process waits for another before it says so."""
 
 
 def home() -> Path:
@@ -42,5 +51,21 @@ def replacing(path: Path) -> Iterator[Path]:
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file `path`.lock, so that two processes never make the same thing at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        print(f"gnlib: {path}: another process is at it; waiting", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def read_tensors(path: Path, device: torch.device) -> Any:
+    """What torch saved there, as tensors and plain values; ConfigError for a file that is none or was cut short."""
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, UnpicklingError) as error:
+        raise ConfigError(f"{path}: damaged ({type(error).__name__}); delete it, and it is made anew") from None

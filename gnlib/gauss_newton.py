@@ -83,6 +83,10 @@ class GaussNewton:
             raise ConfigError(f"model: a torch.nn.Module is needed, got {type(model).__name__}")
         if not isinstance(inner, (str, InnerConfig)):
             raise ConfigError(f"inner: an optimiser's name or a gnlib.InnerConfig, got {type(inner).__name__}")
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise ConfigError(f"accumulate: {accumulate!r}; a whole number of batches, at least 1")
+        if outer_steps is not None and outer_steps < 1:
+            raise ConfigError(f"outer_steps: {outer_steps}; at least 1, or None")
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError("model: it has no trainable parameter")
         if isinstance(inner, str):
@@ -138,7 +142,9 @@ class GaussNewton:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue bit for bit, on the same device, where `state_dict` was taken; load the model's parameters too."""
-        if list(state.get("solution", ())) != list(self.outer.solution):
+        if not (isinstance(state, dict) and state.keys() == self.outer.state_dict().keys()):
+            raise ConfigError("state: it is none of a GaussNewton's state_dict()")
+        if _shapes(state["solution"]) != _shapes(self.outer.solution):
             raise ConfigError("state: it belongs to a model with other parameters")
         if _settings_of(state) != _settings_of(self.outer.state_dict()):
             raise ConfigError("state: it belongs to another inner optimiser or other blocks")
@@ -198,6 +204,10 @@ def _check_classes(outputs: Tensor, targets: Tensor) -> None:
         raise ConfigError(f"cross_entropy: {needed}, got {list(targets.shape)}")
     if targets.numel() and targets.max() >= outputs.shape[-1]:
         raise ConfigError(f"cross_entropy: class {targets.max()} of outputs for {outputs.shape[-1]} classes")
+
+
+def _shapes(solution: dict[str, Tensor]) -> list[tuple[str, torch.Size]]:
+    return [(name, tensor.shape) for name, tensor in solution.items()]
 
 
 def _settings_of(state: dict[str, Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from gnlib import corpus
 from gnlib import record as records
 from gnlib.config import ConfigError, RunConfig
 from gnlib.data import TokenFiles
-from gnlib.files import data_folder
+from gnlib.files import data_folder, read_tensors
 from gnlib.losses import CrossEntropy
 from gnlib.model import Decoder
 from gnlib.objective import forward_loss
@@ -53,8 +53,10 @@ def heldout(run: str, source: str, documents: int | None = None, device: torch.d
         raise ConfigError(f"documents: {documents}; at least 1")
     folder, device = _folder(run), device or default_device()
     record = records.read(folder / "record.jsonl")
-    if record is None or not (folder / "weights.pt").exists():
-        raise ConfigError(f"run: {folder} has no weights.pt; make it by: gnlib train --keep-weights")
+    for name, missing in (("record.jsonl", record is None), ("weights.pt", not (folder / "weights.pt").exists())):
+        if missing:
+            raise ConfigError(f"run: {folder} has no {name}; make it by: gnlib train --keep-weights")
+    assert record is not None
     config = record.config
     if config.evaluation.average:
         raise ConfigError("run: its losses are those of averaged parameters (evaluation.average), which are not kept")
@@ -70,7 +72,7 @@ def heldout(run: str, source: str, documents: int | None = None, device: torch.d
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][:sequences]
     use_processor(config.compute.threads)  # as training does
     model = Decoder.from_config(config).to(device)
-    model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, map_location=device))
+    model.load_state_dict(read_tensors(folder / "weights.pt", device))
     loss = _mean_loss(model, windows, config, device)
     return Heldout(loss, loss / math.log(2) * len(tokens) / size, count, sequences * length)
 

@@ -145,10 +145,13 @@ def _from_path(path: str) -> Entry:
 def imported(path: str) -> type[Optimizer]:
     """The torch.optim.Optimizer class at an import path; ConfigError if there is none."""
     module_name, _, class_name = path.rpartition(".")
+    if not all(part.isidentifier() for part in path.split(".")) or not module_name:
+        raise ConfigError(f"method.inner.optimizer: {path!r} is no import path such as my_module.MyOptimizer")
     try:
         kind = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(f"method.inner.optimizer: cannot import {path!r} ({error})") from None
+    except Exception as error:  # whatever the module does as it is imported
+        why = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"method.inner.optimizer: cannot import {path!r} ({why})") from None
     if not (inspect.isclass(kind) and issubclass(kind, Optimizer)):
         raise ConfigError(f"method.inner.optimizer: {path!r} is no torch.optim.Optimizer class")
     return kind

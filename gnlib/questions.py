@@ -55,7 +55,7 @@ def every(settings: Sequence[Setting], complete: Collection[Setting]) -> list[Se
 
 def largest_batch(settings: Sequence[Setting], complete: Collection[Setting]) -> list[Setting]:
     """The claim is about the largest batch alone."""
-    most = max(setting.batch or 0 for setting in settings)
+    most = max((setting.batch or 0 for setting in settings), default=0)
     return [setting for setting in settings if (setting.batch or 0) == most]
 
 
@@ -94,7 +94,7 @@ class Question:
         complete = complete_settings(self.study, profile, seeds, self.methods, fresh)
         settings = dict.fromkeys(run.setting for run in study_runs(self.study, profile, seeds, self.methods))
         decisive = self.decided_by(list(settings), complete)
-        if not complete.keys() >= set(decisive):
+        if not decisive or not complete.keys() >= set(decisive):  # none where the profile lacks what the study needs
             return unanswered
         records = [record for setting in decisive for record in complete[setting]]
         of_one_text(records, f"{self.study}, profile {profile}")

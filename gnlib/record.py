@@ -23,7 +23,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from gnlib.config import RunConfig
+from gnlib.config import ConfigError, RunConfig
 from gnlib.files import home, replacing
 
 
@@ -59,36 +59,45 @@ class Record:
 
 
 def read(path: Path) -> Record | None:
-    """The record in a file, without a torn last line; None if there is not even a first line of a record."""
+    """The record in a file, without a torn last line; None if there is not even a first line of a record, or an end
+    without a row. ConfigError, naming the file, for a configuration that is none of this version.
+    """
     lines = _whole_lines(path)
     first = next(lines, {})
     if "config" not in first:
         return None
-    record = Record(RunConfig.parse(first["config"]), first.get("environment", {}))
+    record = Record(_parsed(path, first), first.get("environment", {}))
     for line in lines:
         if "status" in line:
             record.status = line["status"]
         else:
             record.rows.append(line)  # type: ignore[arg-type]
-    return record
+    return record if record.rows or not record.ended else None
 
 
 def read_config(path: Path) -> RunConfig | None:
     """The configuration alone, from the first line."""
     first = next(_whole_lines(path), {})
-    return RunConfig.parse(first["config"]) if "config" in first else None
+    return _parsed(path, first) if "config" in first else None
+
+
+def _parsed(path: Path, first: dict[str, Any]) -> RunConfig:
+    try:
+        return RunConfig.parse(first["config"])
+    except ConfigError as error:
+        raise ConfigError(f"{path} is of another version: {error}") from None
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    with open(path) as file:
+    with open(path, "rb") as file:
         for line in file:
             try:
                 parsed = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:  # no JSON, or no text
                 return
-            if not line.endswith("\n") or not isinstance(parsed, dict):
+            if not line.endswith(b"\n") or not isinstance(parsed, dict):
                 return
             yield parsed
 

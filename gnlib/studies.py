@@ -29,10 +29,22 @@ class Study:
         return [find_setting(name, batch, self.budget) for batch in self._batches(profile) for name in methods]
 
     def _batches(self, profile: str) -> tuple[int, ...]:
+        """None where the profile does not have what the study needs."""
         every = find_profile(profile).batches
+        if self.lacks(profile):
+            return ()
+        if self.batches == "own":
+            return (home_batch(profile),)
         small = every[len(every) > 3]  # where there are many, the smallest has too many steps
         three = tuple(sorted({small, every[len(every) // 2], every[-1]}))
-        return {"own": (home_batch(profile),), "small": (small,), "three": three, "all": every}[self.batches]
+        return {"small": (small,), "three": three, "all": every}[self.batches]
+
+    def lacks(self, profile: str) -> str:
+        """The profile's field without which the study has no runs; empty if there is none."""
+        found = find_profile(profile)
+        if self.batches != "own" and len(found.batches) < 2:
+            return "batches (two at least)"
+        return "budget" if self.budget and not found.budget else ""
 
 
 _BASELINES = ("muon", "soap", "adamw")
@@ -74,6 +86,12 @@ def find_study(name: str) -> Study:
     return STUDIES[name]
 
 
+def check_possible(name: str, profile: str) -> None:
+    """ConfigError if the profile has no runs of the study, as one of your own without batches."""
+    if lacks := find_study(name).lacks(profile):
+        raise ConfigError(f"study: {name} needs {lacks}, which profile {profile!r} does not have")
+
+
 def study_runs(
     name: str,
     profile: str,
@@ -81,7 +99,10 @@ def study_runs(
     methods: Sequence[str] | None = None,
     batches: Sequence[int] | None = None,
 ) -> list[Run]:
-    """The runs of a study; the profile's own seeds and the study's own methods and batches (sequences) by default."""
+    """The runs of a study; the profile's own seeds and the study's own methods and batches (sequences) by default.
+
+    None where the profile lacks what the study needs (`check_possible`).
+    """
     study = find_study(name)
     settings = study.settings(profile, list(dict.fromkeys(methods or study.methods)))  # each once
     settings = [setting for setting in settings if not batches or setting.batch in batches]
@@ -109,6 +130,7 @@ def study_records(
     Of a study under way, with some settings complete, only these are taken and a printed line names the others, unless
     `methods` asks for them, or `fresh` for everything.
     """
+    check_possible(name, profile)
     runs = study_runs(name, profile, seeds, methods)
     complete = {} if fresh or methods else complete_settings(name, profile, seeds)
     if complete:

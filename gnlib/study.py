@@ -115,7 +115,7 @@ def load(paths: Iterable[Path], recipes: Container[str] | None = None) -> Iterab
             chosen = recipes is None or (config is not None and config.recipe_id in recipes)
             record = records.read(path) if chosen else None
         except ConfigError as error:
-            warnings.warn(f"{path} is of another version: {error}", stacklevel=2)
+            warnings.warn(str(error), stacklevel=2)
             continue
         if record is not None:
             yield record

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from gnlib.config import ConfigError
 from gnlib.profiles import tuning
-from gnlib.studies import STUDIES, study_runs
+from gnlib.studies import STUDIES, check_possible, study_runs
 from gnlib.study import Slots, StudyError, UnfinishedError, default_jobs, run_study
 from gnlib.train import pinned
 from gnlib.tune import told, tune
@@ -44,6 +44,8 @@ def sweep(
         raise ConfigError(f"minutes: {minutes:g}; more than 0")
     if not names:
         raise ConfigError(f"study: name at least one; allowed: {', '.join(STUDIES)}")
+    for name in names:
+        check_possible(name, profile)
     runs = [run for name in names for run in study_runs(name, profile, seeds, methods, batches)]
     if not runs:
         there = [run.config for name in names for run in study_runs(name, profile, seeds, methods)]

@@ -22,7 +22,7 @@ from gnlib import record as records
 from gnlib.average import Average
 from gnlib.config import ConfigError, MethodConfig, RunConfig
 from gnlib.data import TokenStream, validation_batches
-from gnlib.files import data_folder, exclusive, replacing
+from gnlib.files import data_folder, exclusive, read_tensors, replacing
 from gnlib.losses import CrossEntropy
 from gnlib.model import Decoder, parameter_count, shapes_only
 from gnlib.objective import forward_loss
@@ -141,7 +141,7 @@ def start_weights(config: RunConfig, device: torch.device) -> dict[str, Tensor] 
         return None
     start = pinned(start_config(config))
     train(start, device, keep_weights=True)
-    return torch.load(run_folder(start) / "weights.pt", weights_only=True, map_location=device)
+    return dict(read_tensors(run_folder(start) / "weights.pt", device))
 
 
 class _Run:
@@ -261,7 +261,7 @@ class _Run:
         if earlier is None or not checkpoint.exists():
             checkpoint.unlink(missing_ok=True)  # without the rows before it, it is of no use
             return
-        state = torch.load(checkpoint, weights_only=True, map_location=self.device)
+        state = read_tensors(checkpoint, self.device)
         self.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"])
         self.stream.load_state_dict(state["stream"])

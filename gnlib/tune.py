@@ -57,7 +57,7 @@ def geometric(field: str, start: float, factor: float = 2.0) -> Axis:
 
 def ladder(field: str, start: int, values: Sequence[int], most: int, capped: bool = True) -> Axis:
     """The values up to `most`; None beyond either end."""
-    rungs = [value for value in values if value <= most]
+    rungs = [value for value in values if value <= most] or [most]
     origin = min(range(len(rungs)), key=lambda i: abs(rungs[i] - start))
     return Axis(field, lambda index: rungs[origin + index] if 0 <= origin + index < len(rungs) else None, capped)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gnlib.bench import METHODS, as_text, bench, matmul_rate, random_batch, timed
+from gnlib.bench import METHODS, as_text, bench, matmul_rate, random_batch, table, timed
 from gnlib.cli import app
 from gnlib.config import ComputeConfig, ConfigError
 from gnlib.precision import matmul_precision
@@ -52,6 +52,11 @@ def test_the_parts_of_a_gauss_newton_step_are_those_of_one_gradient(rows: list[d
 
 def test_a_row_is_one_line_under_the_heading(rows: list[dict[str, object]]) -> None:
     assert all("\n" not in as_text(row) and len(as_text(row)) == len(as_text(None)) for row in rows)
+
+
+def test_a_table_of_nothing_measured_says_how_to_measure() -> None:
+    with pytest.raises(ConfigError, match="gnlib bench --json"):
+        table([])
 
 
 def test_time_is_measured_on_random_tokens() -> None:

@@ -48,7 +48,7 @@ def test_ended_records_of_the_studies_are_shipped_with_their_sums(home: Path, sh
     kept = {run(home, wanted()[0]), run(home, wanted()[1], "diverged")}
     run(home, wanted()[2], "unfinished")
     run(home, wanted()[3].replace(outer_steps=77))  # of no study
-    assert export("tiny") == 2
+    assert export("tiny")[0] == 2
     assert names(shipped) == kept | {MANIFEST}
     lines = [f"{hashlib.sha256((shipped / name).read_bytes()).hexdigest()}  {name}\n" for name in sorted(kept)]
     assert (shipped / MANIFEST).read_text() == "".join(lines)
@@ -57,13 +57,33 @@ def test_ended_records_of_the_studies_are_shipped_with_their_sums(home: Path, sh
     assert verify() == 2
 
 
+def test_what_is_removed_is_named(home: Path, shipped: Path) -> None:
+    run(home, wanted()[0])
+    export("tiny")
+    stale = shipped / "0123456789ab.jsonl"
+    stale.write_bytes((shipped / f"{wanted()[0].recipe_id}.jsonl").read_bytes())
+    assert export("tiny") == (1, ["0123456789ab"]) and not stale.exists()
+
+
+def test_with_nothing_to_ship_no_folder_is_made(home: Path, shipped: Path) -> None:
+    assert export("tiny") == (0, []) and not shipped.exists()
+
+
+def test_a_line_of_a_manifest_that_is_none_is_named(home: Path, shipped: Path) -> None:
+    run(home, wanted()[0])
+    export("tiny")
+    (shipped / MANIFEST).write_text("nonsense\n")
+    with pytest.raises(ConfigError, match=r"SHA256SUMS: not a manifest \('nonsense'\)"):
+        verify()
+
+
 def test_trials_of_the_tuning_are_shipped(home: Path, shipped: Path) -> None:
     trial = run_config("tiny", "adamw", seed=0, changes={"method.inner.lr": 0.5})
     name = run(home, trial)
     shipped.mkdir(parents=True)
     entry = {"settings": {}, "interior": True, "trials": [{"run": trial.recipe_id}]}
     (shipped / "tuned.json").write_text(json.dumps({"adamw": entry}))
-    assert export("tiny") == 1
+    assert export("tiny")[0] == 1
     assert names(shipped) == {name, MANIFEST, "tuned.json"}
 
 
@@ -73,7 +93,7 @@ def test_a_stale_record_is_removed_and_one_that_is_still_wanted_stays(home: Path
     export("tiny")
     (home / "elsewhere" / "runs").rename(home / "gone")
     (shipped / "0123456789ab.jsonl").write_text((shipped / kept).read_text())
-    assert export("tiny") == 1
+    assert export("tiny")[0] == 1
     assert names(shipped) == {kept, MANIFEST} and verify() == 1
 
 
@@ -101,7 +121,7 @@ def test_a_run_that_was_made_again_takes_the_place_of_the_shipped_one(home: Path
     name = run(home, wanted()[0])
     export("tiny")
     run(home, wanted()[0], "diverged")
-    assert export("tiny") == 1
+    assert export("tiny")[0] == 1
     record = records.read(shipped / name)
     assert record is not None and record.status == "diverged"
 

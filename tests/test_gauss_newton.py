@@ -367,6 +367,25 @@ def test_the_state_of_another_setting_is_refused_and_nothing_is_loaded(other: di
     assert optimizer.outer.done == 0
 
 
+def test_a_state_of_other_shapes_or_of_something_else_is_refused_and_nothing_is_loaded() -> None:
+    case = classifier_case()
+    optimizer = newton(case.model)
+    before = optimizer.state_dict()
+    wider = newton(mlp((5, 12, 4), nn.GELU, seed=0)).state_dict() | {"done": 3}
+    for state, why in ((wider, "belongs to a model with other parameters"),
+                       ({"done": 3}, "is none of a GaussNewton's state_dict()"),
+                       (None, "is none of a GaussNewton's state_dict()")):  # fmt: skip
+        assert refused(partial(optimizer.load_state_dict, state)) == f"state: it {why}"  # type: ignore[arg-type]
+    assert optimizer.state_dict()["done"] == before["done"] == 0
+
+
+def test_a_misspelt_field_of_a_section_names_those_of_the_section() -> None:
+    line = refused(lambda: InnerConfig(learning_rate=1))  # type: ignore[call-arg]
+    assert line.startswith("learning_rate: no such field; allowed: optimizer, ")
+    line = refused(lambda: LineSearchConfig(candidate=1))  # type: ignore[call-arg]
+    assert line == "candidate: no such field; near: candidates"
+
+
 def test_after_a_batch_that_is_not_finite_the_next_step_starts_afresh() -> None:
     """As one with the same batches by a new object: neither the inner solution nor the optimiser's state is kept."""
     case = classifier_case()
@@ -409,7 +428,9 @@ def refused(run: Callable[[], Any]) -> str:
         ({"objective": "newton"}, "method.objective: "),
         ({"precision": "fp8"}, "compute.precision: "),
         ({"ridge": -1}, "method.ridge: "),
-        ({"accumulate": 0}, "outer_batch: "),
+        ({"accumulate": 0}, "accumulate: 0; a whole number of batches, at least 1"),
+        ({"accumulate": 1.5}, "accumulate: 1.5; a whole number of batches, at least 1"),
+        ({"outer_steps": 0}, "outer_steps: 0; at least 1, or None"),
         ({"outer_steps": -1}, "outer_steps: "),
         ({"inner": InnerConfig(schedule="global_cosine")}, "the schedule global_cosine needs their number"),
         ({"inner": InnerConfig(options={"warp": 9})}, "takes no 'warp'"),

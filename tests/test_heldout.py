@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,15 +127,25 @@ def test_a_run_is_found_by_its_folder_too_also_relative_to_the_working_directory
     run_folder(trained).rename(tmp_path / "copied")
     monkeypatch.chdir(tmp_path)
     assert heldout("copied", text, device=CPU) == heldout(str(tmp_path / "copied"), text, device=CPU)
-    with pytest.raises(ConfigError, match=r"runs/copying has no weights\.pt"):
+    with pytest.raises(ConfigError, match=r"runs/copying has no record\.jsonl"):
         heldout("copying", text, device=CPU)
+
+
+def test_weights_that_are_not_there_or_damaged_are_one_line_with_their_file(trained: RunConfig, tmp_path: Path) -> None:
+    text, weights = str(jsonl(tmp_path / "other.jsonl", OTHER)), run_folder(trained) / "weights.pt"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(ConfigError, match=r"weights\.pt: damaged \(\w+\); delete it, and it is made anew$"):
+        heldout(trained.run_id, text, device=CPU)
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"has no weights\.pt; make it by: gnlib train --keep-weights$"):
+        heldout(trained.run_id, text, device=CPU)
 
 
 @pytest.mark.parametrize(
     ("run", "text", "documents", "message"),
     [
-        ("nowhere", "other.jsonl", None, "no weights.pt"),
-        ("nowhere", "c4", 10, "no weights.pt"),  # some documents of it may be read
+        ("nowhere", "other.jsonl", None, "no record.jsonl"),
+        ("nowhere", "c4", 10, "no record.jsonl"),  # some documents of it may be read
         ("", "absent.jsonl", None, "^text: .*absent.jsonl: no such source, nor a file"),
         ("", "short.jsonl", None, "one sequence needs 17"),
         ("", "c4", None, "documents: c4"),

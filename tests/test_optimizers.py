@@ -271,6 +271,20 @@ def test_a_path_that_does_not_import_is_a_one_line_error(path: str) -> None:
     assert message.startswith("method.inner.optimizer: ") and repr(path) in message
 
 
+def test_a_module_with_an_error_of_its_own_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, source in (("broken_syntax", "class A(:"), ("broken_import", "raise RuntimeError('boom')")):
+        (tmp_path / f"{name}.py").write_text(source)
+        with pytest.raises(ConfigError, match=rf"^method\.inner\.optimizer: cannot import '{name}\.A' \((Synt|Runt)"):
+            find(f"{name}.A")
+
+
+@pytest.mark.parametrize("path", ["./mine.A", "mine..A", ".A", "my module.A"])
+def test_what_is_no_import_path_says_what_one_is(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"is no import path such as my_module\.MyOptimizer$"):
+        find(path)
+
+
 @pytest.mark.parametrize("path", ["torch.nn.Linear", "torch.optim.lr_scheduler", "torch.tensor", "math.pi"])
 def test_something_that_is_no_optimiser_class_is_a_one_line_error(path: str) -> None:
     assert path in _refused(optimizer=path)

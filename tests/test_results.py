@@ -124,6 +124,7 @@ def test_one_seed_has_no_interval() -> None:
 def test_an_estimate_prints_its_interval_and_whether_it_is_a_bound() -> None:
     assert str(Estimate(3.14159, 0.5, 3)) == "3.14 ± 0.50"
     assert str(Estimate(3.14159, None, 1)) == "3.14"
+    assert estimate([math.inf, 1.0, 2.0]) == Estimate(math.inf, None, 3, 0)  # nor have figures that are not finite
     assert str(estimate([6.0, 6.0], [True, False])) == "≥ 6.00"  # bounds have no interval
 
 

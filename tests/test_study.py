@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from test_results import made
 
 from gnlib import record as records
 from gnlib import studies, study
+from gnlib.claims import claims
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import data_folder
 from gnlib.methods import METHODS, method_of
-from gnlib.profiles import find_profile, run_config
+from gnlib.profiles import PROFILES, find_profile, run_config
 from gnlib.record import Record
 from gnlib.results import label
+from gnlib.studies import study_records, study_runs
 from gnlib.study import StudyError, describe, execute, find, run_study
+from gnlib.sweep import sweep
 from gnlib.train import pinned, run_folder, start_config, train
 
 ROOT = Path(__file__).parents[1]
@@ -323,6 +327,36 @@ def test_a_record_of_another_version_is_skipped_with_a_warning(home: Path) -> No
     first, second = (str(warning.message) for warning in warned)
     assert f"{shipped.recipe_id}.jsonl is of another version" in first
     assert "record.jsonl is of another version" in second and "steps_of_old" in second
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00junk\n", b"no JSON\n"])
+def test_a_record_that_is_no_text_or_has_no_rows_is_as_none(damage: bytes, home: Path) -> None:
+    config = short("adamw")
+    leave(of(config))
+    path = run_folder(config) / "record.jsonl"
+    first = path.read_bytes().splitlines(keepends=True)[0]
+    for content in (damage, first + b'{"status": "finished"}\n'):
+        path.write_bytes(content)
+        assert find([config], "tiny") == [None]
+    path.write_bytes(first + damage)  # a torn row
+    assert find([config], "tiny") == [None]
+
+
+def test_a_profile_of_ones_own_without_batches_or_budget_has_the_studies_that_need_neither(
+    monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    mine = replace(PROFILES["tiny"], batches=(), budget=0)
+    monkeypatch.setitem(PROFILES, "mine", mine)
+    assert len(study_runs("iteration_complexity", "mine", [1])) == 6
+    for name in ("critical_batch_size", "schedules", "fixed_budget", "stateless"):
+        assert study_runs(name, "mine") == []
+        for use in (lambda n: study_records(n, "mine"), lambda n: sweep([n], "mine")):
+            with pytest.raises(ConfigError, match=f"^study: {name} needs batches .two at least., which profile 'mine'"):
+                use(name)
+    monkeypatch.setitem(PROFILES, "mine", replace(mine, batches=(16, 64)))
+    with pytest.raises(ConfigError, match=r"^study: fixed_budget needs budget, which profile 'mine' does not have$"):
+        study_records("fixed_budget", "mine")
+    assert {row.holds for row in claims("mine")} == {"not run"}
 
 
 # ---------------------------------------------------------------- the studies

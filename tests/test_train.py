@@ -9,7 +9,9 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 from gnlib import record as records
 from gnlib.config import ConfigError, RunConfig
 from gnlib.data import TokenFiles, validation_batches
+from gnlib.files import exclusive
 from gnlib.methods import METHODS
 from gnlib.model import Decoder, parameter_count
 from gnlib.outer_step import OuterStep, StepInfo, Stream
@@ -448,6 +451,41 @@ def test_a_run_killed_twice_and_resumed_is_the_uninterrupted_one_bit_for_bit(
     whole = run(config)
     assert compared(resumed.rows) == compared(whole.rows) and len(whole.rows) == 7
     assert len(taken) == 6 - (moments[-1][1] - 1) + 6
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"junk" * 40])
+def test_a_damaged_checkpoint_is_one_line_that_names_it_and_without_it_the_run_starts_anew(
+    damage: Callable[[bytes], bytes], home: Path
+) -> None:
+    config = cold("adamw", outer_steps=6)
+    file = home / "config.json"
+    file.write_text(config.model_dump_json())
+    command = [sys.executable, "-c", KILLED, str(file), "row", "3"]
+    subprocess.run(command, env=environment(home / "data"), capture_output=True)
+    checkpoint = record_path(config).with_name("checkpoint.pt")
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    with pytest.raises(ConfigError, match=r"checkpoint\.pt: damaged \(\w+\); delete it, and it is made anew$"):
+        run(config)
+    checkpoint.unlink()
+    assert [row["outer_step"] for row in run(config).rows] == list(range(7))
+
+
+def test_a_second_process_on_a_run_says_that_it_waits(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gnlib.files.PATIENCE", 0.05)
+    with ThreadPoolExecutor(1) as threads:
+        with exclusive(home / "run"):
+            second = threads.submit(_held, home / "run")
+            time.sleep(0.5)
+            waiting = not second.done()
+        assert waiting and second.result(timeout=10)
+    assert capsys.readouterr().err == f"gnlib: {home / 'run'}: another process is at it; waiting\n"
+
+
+def _held(path: Path) -> bool:
+    with exclusive(path):
+        return True
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew() -> None:

@@ -22,7 +22,7 @@ from gnlib.files import replacing
 from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
 from gnlib.study import StudyError
-from gnlib.tune import STEPS, axes_of, command_for, ensure_tuned, open_fields, score, tune
+from gnlib.tune import STEPS, axes_of, command_for, ensure_tuned, ladder, open_fields, score, tune
 from gnlib.variants import Setting, setting_config
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -112,6 +112,12 @@ def test_no_setting_runs_twice_and_trials_are_listed_best_first(monkeypatch: pyt
     assert scores == sorted(scores) and scores[0] == pytest.approx(2.0)
     best = next(config for config in runs.configs if config.recipe_id == entry["trials"][0]["run"])
     assert (best.method.inner.lr, best.outer_steps) == (0.08, 24)
+
+
+def test_a_cap_below_the_ladders_first_rung_is_its_only_one() -> None:
+    """As at a batch so large that one step is all that a scaled cap allows."""
+    axis = ladder("outer_steps", 4, STEPS, 1)
+    assert [axis.value(index) for index in (-1, 0, 1)] == [None, 1, None]
 
 
 def test_the_number_of_steps_stays_on_the_ladder_and_below_the_profiles_cap(monkeypatch: pytest.MonkeyPatch) -> None:
