@@ -24,7 +24,7 @@ from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
 from gnlib.results import by_method, curves, mean_steps, ratio
 from gnlib.studies import STUDIES, study_configs
-from gnlib.study import StudyError, find, run_study
+from gnlib.study import StudyError, check_arguments, find, run_study
 from gnlib.tune import SEED, STEPS, WARMUPS, Axis, Trials, entry_of, geometric, ladder, open_fields, search
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def compare(
     search starts there, not at AdamW's. Seeds: the profile's first by default. `fresh`, `allow_run` and `jobs` as in
     `study.run_study`. ConfigError, before anything runs, for a path, a class or an argument that cannot be.
     """
+    check_arguments(jobs, None)
     start = start_of(path, profile, kwargs or {})
     sizes = sorted(set(batches or _sizes(profile)), reverse=True)
     seeds = list(dict.fromkeys(seeds or find_profile(profile).seeds[:1]))

@@ -42,7 +42,8 @@ class GaussNewton:
     The model is called as `model(inputs)` and returns a tensor or an output with `logits` (Hugging Face); its outputs
     must be the same at each call, so dropout and BatchNorm need `model.eval()`. Tied weights count once, their
     gradients summed; in `blocks="layerwise"` they belong to the layer that comes first (the embedding). Attention
-    must have a forward-mode derivative: eager or torch's sdpa, not flash.
+    must have a forward-mode derivative: eager or torch's sdpa, not flash, nor the fast path that torch's Transformer
+    layers take in evaluation mode (`torch.backends.mha.set_fastpath_enabled(False)`); some layers, as LSTM, have none.
 
     Args:
         model: Any nn.Module with float parameters, on any device; those with requires_grad=False stay.
@@ -193,7 +194,10 @@ def check_model(model: nn.Module, loss: ConvexLoss, inputs: Tensor, targets: Ten
         raise
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model: no forward-mode derivative, for attention use eager or sdpa ({reason})") from None
+        hint = "for attention use eager or sdpa"
+        if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+            hint = "torch.backends.mha.set_fastpath_enabled(False) gives its Transformer layers one"
+        raise ConfigError(f"model: no forward-mode derivative, {hint} ({reason})") from None
 
 
 def _check_classes(outputs: Tensor, targets: Tensor) -> None:

@@ -104,6 +104,8 @@ def study_runs(
     None where the profile lacks what the study needs (`check_possible`).
     """
     study = find_study(name)
+    if isinstance(methods, str):
+        raise ConfigError(f"methods: {methods!r}; a list of names such as [{methods!r}]")
     settings = study.settings(profile, list(dict.fromkeys(methods or study.methods)))  # each once
     settings = [setting for setting in settings if not batches or setting.batch in batches]
     chosen = dict.fromkeys(seeds or find_profile(profile).seeds)

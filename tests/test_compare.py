@@ -204,6 +204,7 @@ def test_a_class_with_another_number_of_betas_keeps_its_own(monkeypatch: pytest.
         (["torch.nn.Linear"], "'torch.nn.Linear' is no torch.optim.Optimizer class"),
         (["torch.optim.LBFGS"], "torch.optim.LBFGS: a trial step failed with TypeError"),
         ([f"{__name__}.NoRate"], "it takes no lr, which is what is tuned"),
+        ([EXAMPLE, "--jobs", "0"], "jobs: 0; at least 1"),
         ([EXAMPLE, "--kwargs", "warp=9"], "kwargs: RMSprop takes no 'warp'; allowed: lr, alpha"),
         ([EXAMPLE, "--kwargs", "alpha"], "--kwargs alpha: expected field=value"),
         ([EXAMPLE, "--kwargs", "lr=-1"], "method.inner.lr: "),

@@ -539,6 +539,19 @@ def test_a_model_that_cannot_be_linearised_is_refused_with_the_way_out(name: str
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+def test_torchs_transformer_layers_are_refused_with_the_switch_with_which_they_then_work() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True).double().eval()
+    model = nn.Sequential(layer, nn.Linear(4, 3).double())
+    x, y = normal((2, 3, 4), torch.Generator().manual_seed(0)), torch.randint(3, (2, 3))
+    optimizer = newton(model)
+    assert "torch.backends.mha.set_fastpath_enabled(False) gives" in refused(lambda: optimizer.step([(x, y)] * 3))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert optimizer.step([(x, y)] * 3).search_gain >= 0  # type: ignore[operator]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 @pytest.mark.parametrize("name", ["dropout", "batch norm"])
 def test_the_same_model_works_in_evaluation_mode_and_is_refused_again_in_training_mode(name: str) -> None:
     model = nn.Sequential(nn.Linear(5, 4), CANNOT[name][0]()).double().eval()

@@ -204,7 +204,7 @@ def test_what_the_readme_says_of_the_largest_batch_is_that_of_the_shipped_record
 def test_what_the_readme_says_of_layerwise_in_products_is_what_the_code_counts() -> None:
     models = [shapes_only(run_config(profile, "layerwise")) for profile in ("paper-45m", "paper-150m")]
     shares = [gradient_units(model, partition(model, "layerwise")) / 3 for model in models]
-    text = (home() / "README.md").read_text(encoding="utf-8")
+    text = " ".join((home() / "README.md").read_text(encoding="utf-8").split())
     assert "layerwise is {:.1f} and {:.1f} standard steps".format(*shares) in text
 
 

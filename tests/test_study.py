@@ -342,6 +342,11 @@ def test_a_record_that_is_no_text_or_has_no_rows_is_as_none(damage: bytes, home:
     assert find([config], "tiny") == [None]
 
 
+def test_methods_are_a_list_not_a_text() -> None:
+    with pytest.raises(ConfigError, match=r"^methods: 'adamw'; a list of names such as \['adamw'\]$"):
+        study_runs("iteration_complexity", "tiny", methods="adamw")
+
+
 def test_a_profile_of_ones_own_without_batches_or_budget_has_the_studies_that_need_neither(
     monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
