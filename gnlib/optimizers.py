@@ -203,6 +203,9 @@ def try_out(inner: InnerConfig) -> None:
     except Exception as error:  # of the user's code: anything
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(f"{inner.optimizer}: a trial step failed with {type(error).__name__}: {reason}") from None
+    # a smaller rate may be lost beside ones
+    if inner.lr >= 1e-4 and all(bool((p == 1).all()) for p in parameters.values()):
+        raise ConfigError(f"{inner.optimizer}: two trial steps at the rate {inner.lr:g} moved nothing")
 
 
 def construct(kind: type[Optimizer], parameters: Named, inner: InnerConfig, **settings: Any) -> Optimizer:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gnlib.blocks import hidden_matrices
 from gnlib.config import ConfigError, InnerConfig
-from gnlib.optimizers import Solver, find, registry, source_hash
+from gnlib.optimizers import Solver, find, registry, source_hash, try_out
 
 SHAPES = {"tall": (6, 3), "wide": (3, 6), "vector": (5,), "square": (4, 4)}
 MATRICES = {"tall", "wide", "square"}
@@ -277,6 +277,19 @@ def test_a_module_with_an_error_of_its_own_is_a_one_line_error(tmp_path: Path, m
         (tmp_path / f"{name}.py").write_text(source)
         with pytest.raises(ConfigError, match=rf"^method\.inner\.optimizer: cannot import '{name}\.A' \((Synt|Runt)"):
             find(f"{name}.A")
+
+
+class Still(torch.optim.SGD):
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        pass
+
+
+def test_an_optimiser_whose_steps_move_nothing_is_refused() -> None:
+    inner = InnerConfig(optimizer=f"{__name__}.Still", lr=0.01)
+    with pytest.raises(ConfigError, match=r"Still: two trial steps at the rate 0\.01 moved nothing$"):
+        try_out(inner)
+    for name in ("torch.optim.Adagrad", "torch.optim.SGD", "torch.optim.Rprop", "torch.optim.NAdam"):
+        try_out(InnerConfig(optimizer=name, lr=1e-4))
 
 
 @pytest.mark.parametrize("path", ["./mine.A", "mine..A", ".A", "my module.A"])
