@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import data_folder, replacing
+from gnlib.import_path import imported, source_hash
 from gnlib.methods import METHODS, Changes
-from gnlib.optimizers import imported, source_hash, try_out
+from gnlib.optimizers import try_out
 from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
 from gnlib.results import by_method, curves, mean_steps, ratio

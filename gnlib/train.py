@@ -23,10 +23,11 @@ from gnlib.average import Average
 from gnlib.config import ConfigError, MethodConfig, RunConfig
 from gnlib.data import TokenStream, validation_batches
 from gnlib.files import data_folder, exclusive, read_tensors, replacing
+from gnlib.import_path import source_hash
 from gnlib.losses import CrossEntropy
 from gnlib.model import Decoder, parameter_count, shapes_only
 from gnlib.objective import forward_loss
-from gnlib.optimizers import source_hash, try_out
+from gnlib.optimizers import try_out
 from gnlib.outer_step import OuterStep, StepInfo
 from gnlib.precision import matmul_precision
 from gnlib.prepare import prepare

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gnlib.blocks import hidden_matrices
 from gnlib.config import ConfigError, InnerConfig
-from gnlib.optimizers import Solver, find, registry, source_hash, try_out
+from gnlib.import_path import source_hash
+from gnlib.optimizers import Solver, find, registry, try_out
 
 SHAPES = {"tall": (6, 3), "wide": (3, 6), "vector": (5,), "square": (4, 4)}
 MATRICES = {"tall", "wide", "square"}
