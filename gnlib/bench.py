@@ -269,7 +269,6 @@ def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
     if not rows:
         raise ConfigError("rows: none; `gnlib bench --json data/records/<profile>/bench.json` measures a profile's")
-
     columns = ["ms", "tokens_per_s", "peak_gib", "ratio_to_standard", "ceiling", "first_call_s", "n"]
     return pd.DataFrame(rows).set_index(["size", "precision", "method"])[columns]
 

@@ -35,7 +35,7 @@ class _OneLine(ModelMetaclass):
         try:
             return super().__call__(*arguments, **fields)
         except ValidationError as error:
-            raise ConfigError(_one_line(error)) from None
+            raise ConfigError(_one_line(error, self)) from None  # type: ignore[arg-type]
 
 
 class Section(BaseModel, metaclass=_OneLine):
@@ -280,7 +280,7 @@ class RunConfig(Section):
         try:
             return RunConfig.model_validate(tree)
         except ValidationError as error:
-            raise ConfigError(_one_line(error)) from None
+            raise ConfigError(_one_line(error, RunConfig)) from None
 
     @staticmethod
     def load(path: str | Path) -> RunConfig:
@@ -316,9 +316,9 @@ def _digest(tree: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def _near(field: str, root: type[BaseModel] | None = None) -> str:
+def _near(field: str, root: type[BaseModel] = RunConfig) -> str:
     """What may have been meant: fields of that name elsewhere or of a similar one, else those of its section."""
-    names = _names(root or RunConfig)
+    names = _names(root)
     section, _, leaf = field.rpartition(".")
     same = [name for name in names if name.rpartition(".")[2] == leaf]
     if near := same or difflib.get_close_matches(field, names):
@@ -338,13 +338,12 @@ def _names(section: type[BaseModel], prefix: str = "") -> list[str]:
     return found
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):  # ours: already names its field
         return str(cause)
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        root = next((section for section in Section.__subclasses__() if section.__name__ == error.title), None)
         return f"{field}: no such field; {_near(field, root)}"
     return f"{field}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})"

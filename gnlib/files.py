@@ -67,5 +67,7 @@ def read_tensors(path: Path, device: torch.device) -> Any:
     """What torch saved there, as tensors and plain values; ConfigError for a file that is none or was cut short."""
     try:
         return torch.load(path, weights_only=True, map_location=device)
+    except (torch.OutOfMemoryError, torch.AcceleratorError, PermissionError):
+        raise  # none of which the file can help
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, UnpicklingError) as error:
         raise ConfigError(f"{path}: damaged ({type(error).__name__}); delete it, and it is made anew") from None

@@ -29,7 +29,7 @@ class Study:
         return [find_setting(name, batch, self.budget) for batch in self._batches(profile) for name in methods]
 
     def _batches(self, profile: str) -> tuple[int, ...]:
-        """None where the profile does not have what the study needs."""
+        """Empty where the profile lacks what the study needs."""
         every = find_profile(profile).batches
         if self.lacks(profile):
             return ()
@@ -101,7 +101,7 @@ def study_runs(
 ) -> list[Run]:
     """The runs of a study; the profile's own seeds and the study's own methods and batches (sequences) by default.
 
-    None where the profile lacks what the study needs (`check_possible`).
+    Empty where the profile lacks what the study needs (`check_possible`).
     """
     study = find_study(name)
     if isinstance(methods, str):

@@ -223,6 +223,8 @@ def _ending(profile: str, setting: Setting) -> Changes:
     is constant, for which the number of steps is a cap."""
     constant = _changes(setting).get("method.inner.schedule") == "constant"
     if setting.budget:
+        if not find_profile(profile).budget:
+            raise ConfigError(f"budget: profile {profile!r} has none")
         return {"evaluation.stop_below": None}
     if setting.is_gauss_newton and not constant:
         return {}

@@ -28,6 +28,8 @@ from gnlib.studies import study_records, study_runs
 from gnlib.study import StudyError, describe, execute, find, run_study
 from gnlib.sweep import sweep
 from gnlib.train import pinned, run_folder, start_config, train
+from gnlib.tune import tune
+from gnlib.variants import Setting
 
 ROOT = Path(__file__).parents[1]
 
@@ -362,6 +364,8 @@ def test_a_profile_of_ones_own_without_batches_or_budget_has_the_studies_that_ne
     with pytest.raises(ConfigError, match=r"^study: fixed_budget needs budget, which profile 'mine' does not have$"):
         study_records("fixed_budget", "mine")
     assert {row.holds for row in claims("mine")} == {"not run"}
+    with pytest.raises(ConfigError, match=r"^budget: profile 'mine' has none$"):
+        tune("mine", Setting("adamw", 64, budget=True))
 
 
 # ---------------------------------------------------------------- the studies

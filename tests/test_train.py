@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from gnlib import record as records
 from gnlib.config import ConfigError, RunConfig
 from gnlib.data import TokenFiles, validation_batches
-from gnlib.files import exclusive
+from gnlib.files import exclusive, read_tensors
 from gnlib.methods import METHODS
 from gnlib.model import Decoder, parameter_count
 from gnlib.outer_step import OuterStep, StepInfo, Stream
@@ -468,6 +468,21 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it_and_without_it_the_run_s
         run(config)
     checkpoint.unlink()
     assert [row["outer_step"] for row in run(config).rows] == list(range(7))
+
+
+def test_a_file_that_cannot_be_read_for_another_reason_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One would delete it."""
+    for error in (torch.OutOfMemoryError("full"), PermissionError("closed")):
+        monkeypatch.setattr(torch, "load", raising(error))
+        with pytest.raises(type(error)):
+            read_tensors(Path("checkpoint.pt"), torch.device("cpu"))
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def load(*arguments: Any, **named: Any) -> Any:
+        raise error
+
+    return load
 
 
 def test_a_second_process_on_a_run_says_that_it_waits(
