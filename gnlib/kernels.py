@@ -234,10 +234,8 @@ def _rows(z: Tensor) -> Tensor:
 
 
 @triton.jit
-def _loss(Z, Y, LOSS, z_row, vocabulary, COLUMNS: tl.constexpr):
-    """One token's loss, in one sweep over its logits."""
-    row = tl.program_id(0).to(tl.int64)
-    Z += row * z_row
+def row_normaliser(Z, vocabulary, COLUMNS: tl.constexpr):
+    """log sum exp of a row of logits, in one sweep."""
     lanes = tl.arange(0, COLUMNS)
     top = float("-inf")
     total = tl.zeros([COLUMNS], tl.float32)
@@ -246,8 +244,16 @@ def _loss(Z, Y, LOSS, z_row, vocabulary, COLUMNS: tl.constexpr):
         new_top = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
         top = new_top
+    return top + tl.log(tl.sum(total, 0))
+
+
+@triton.jit
+def _loss(Z, Y, LOSS, z_row, vocabulary, COLUMNS: tl.constexpr):
+    """One token's loss, in one sweep over its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * z_row
     chosen = tl.load(Z + tl.load(Y + row)).to(tl.float32)
-    tl.store(LOSS + row, top + tl.log(tl.sum(total, 0)) - chosen)
+    tl.store(LOSS + row, row_normaliser(Z, vocabulary, COLUMNS) - chosen)
 
 
 def cross_entropy(z: Tensor, y: Tensor) -> Tensor:

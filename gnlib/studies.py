@@ -20,8 +20,8 @@ class Study:
 
     methods: tuple[str, ...]
     """Names of `methods.ALL_METHODS` and `variants.VARIANTS`."""
-    batches: Literal["own", "small", "three", "all"] = "own"
-    """The profile's outer batch; a small one; that, the middle and the largest; or all of them."""
+    batches: Literal["own", "small", "two", "three", "all"] = "own"
+    """The profile's outer batch; a small one; the middle and the largest; these three; or all of them."""
     budget: bool = False
     """Runs end at the profile's token budget."""
 
@@ -36,8 +36,9 @@ class Study:
         if self.batches == "own":
             return (home_batch(profile),)
         small = every[len(every) > 3]  # where there are many, the smallest has too many steps
-        three = tuple(sorted({small, every[len(every) // 2], every[-1]}))
-        return {"small": (small,), "three": three, "all": every}[self.batches]
+        two = every[len(every) // 2], every[-1]
+        chosen = {"small": {small}, "two": set(two), "three": {small, *two}, "all": set(every)}
+        return tuple(sorted(chosen[self.batches]))
 
     def lacks(self, profile: str) -> str:
         """The profile's field without which the study has no runs; empty if there is none."""
@@ -69,6 +70,24 @@ STUDIES: dict[str, Study] = {
         )
     ),
     "inner_solver": Study(("gauss_newton", "inner_adamw", "inner_soap", "inner_cg", "quarter_n", "half_n", "double_n")),
+    "variants": Study(
+        (
+            "gauss_newton",
+            "prox_linear",
+            "gauss_newton_no_search",
+            "prox_linear_no_search",
+            "search_without_zero",
+            "search_on_all",
+            "search_on_16th",
+            "cold_start",
+            "inner_adamw",
+            "inner_soap",
+            "quarter_n",
+            "half_n",
+            "double_n",
+        ),
+        "two",
+    ),
     "more_baselines": Study(("shampoo", "kfac", "sophia_g", "schedule_free", "adam", "sgd")),
     "stateless": Study(("sinkgd", "swan", "sinkgd_stateless", "muon", "adamw", "adam", "sgd"), "small", budget=True),
 }
