@@ -15,7 +15,7 @@ WORKERS ?= 2
 STUDY = iteration_complexity
 NOTEBOOK = 01_iteration_complexity
 STUDIES = iteration_complexity critical_batch_size fixed_budget prox_linear layerwise schedules line_search inner_solver \
-	stateless
+	stateless variants
 SEEDS = 1
 GNLIB = $(BIN)/gnlib
 PAPERMILL = $(BIN)/papermill --kernel python3 -p profile $(PROFILE)

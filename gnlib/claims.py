@@ -44,6 +44,17 @@ def _steps_claim(
     return Question(claim, paper, unit, study, (reference, method), measure, at_least, at_most, also_in=also_in)
 
 
+def _batches_claim(
+    claim: str, paper: str, method: str, at_least: float | None = None, at_most: float | None = None
+) -> Question:
+    """A claim about the steps of a variant over Gauss-Newton's at two batches; the figure is that of the batch where it
+    is nearer to the bound."""
+    unit, names = "steps to target / GN's, at the worse batch", ("gauss_newton", method)
+    worst = measures.lowest if at_most is None else measures.highest
+    measure = measures.at_every_batch(measures.step_ratio(method), worst)
+    return Question(claim, paper, unit, "variants", names, measure, at_least, at_most)
+
+
 def _tokens_claim(claim: str, paper: str, method: str, at_most: float) -> Question:
     """A claim about the tokens of a method to Adam's final loss (arXiv 2502.06742, 2412.13148), here AdamW's."""
     measure = tokens_to_final_loss(method, "adamw")
@@ -183,6 +194,30 @@ QUESTIONS = (
         "Muon is the better inner solver: with AdamW GN takes at least 1.05x the steps",
         "better",
         "inner_solver",
+        "inner_adamw",
+        at_least=1.05,
+    ),
+    _batches_claim(
+        "At the middle and the largest batch GN-prox-linear needs at most 1.3x the steps of GN",
+        "about 1",
+        "prox_linear",
+        at_most=1.3,
+    ),
+    _batches_claim(
+        "At the middle and the largest batch GN takes at least 1.05x the steps without line search",
+        "needed for stability",
+        "gauss_newton_no_search",
+        at_least=1.05,
+    ),
+    _batches_claim(
+        "At the middle and the largest batch GN takes at least 1.05x the steps without warm start",
+        "needed",
+        "cold_start",
+        at_least=1.05,
+    ),
+    _batches_claim(
+        "At the middle and the largest batch GN takes at least 1.05x the steps with AdamW inside for Muon",
+        "better",
         "inner_adamw",
         at_least=1.05,
     ),

@@ -4,7 +4,7 @@ With features x [T, D], the head's weight W [V, D] and, of a change of the model
 
     z = x W^T    v = dx W^T + x dW^T    u = the expansion's derivative at z, v    pullback: u W [T, D], u^T x [V, D]
 
-Several changes (the blocks of layerwise Gauss-Newton) share z, and on a GPU those that leave W as it is softmax(z) too.
+Several changes (the blocks of layerwise Gauss-Newton) share z.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gnlib.losses import ConvexLoss, has_kernel
-from gnlib.precision import compiled_once, triton_multiplies
+from gnlib.precision import compiled_once
 from gnlib.tangents import joined
 
 CHUNK_ELEMENTS = 2**28
@@ -29,8 +29,6 @@ Expansion = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 All three are of means over the tokens given. It may overwrite v.
 """
-SHARED = 3
-"""Changes of the features alone from which on sharing the softmax makes up for writing it and for the product p W."""
 
 
 class Change(NamedTuple):
@@ -49,43 +47,21 @@ class Derivative(NamedTuple):
 
 
 def derivatives(
-    x: Tensor, weight: Tensor, targets: Tensor, changes: Sequence[Change], expansion: Expansion,
-    by_softmax: bool = False, compiled: bool = False,
-) -> tuple[Tensor, list[Derivative]]:  # fmt: skip
-    """The loss at z and one `Derivative` a change; x [T, D], targets [T]. Means over the T tokens.
-
-    `by_softmax` if the expansion is the quadratic model of cross-entropy.
-    """
-    x, weight, changes = cast(x), cast(weight), [Change(*map(cast, change)) for change in changes]
-    together = _together(x, weight, changes) if by_softmax else []
-    alone = [index for index in range(len(changes)) if index not in together]
-    products = {index: joined(x, weight, *changes[index]) for index in alone}  # A and B with v = A B^T
+    x: Tensor, weight: Tensor, targets: Tensor, changes: Sequence[Change], expansion: Expansion
+) -> tuple[Tensor, list[Derivative]]:
+    """The loss at z and one `Derivative` a change; x [T, D], targets [T]. Means over the T tokens."""
+    x, weight = cast(x), cast(weight)
+    products = [joined(x, weight, *map(cast, change)) for change in changes]  # A and B with v = A B^T
     losses, sums = [], [_Sum() for _ in changes]
     for rows, share in _chunks(len(x), len(weight)):
         z = F.linear(x[rows], weight)
-        for index, (inputs, matrix) in products.items():
+        for change, (inputs, matrix), total in zip(changes, products, sums, strict=True):
             loss, value, u = expansion(z, targets[rows], F.linear(inputs[rows], matrix))
-            sums[index].add(_pulled_back(changes[index], value, u.to(z.dtype), x[rows], weight), share)
-        if together:  # last, as it overwrites z
-            from gnlib import head_kernels  # needs Triton
-
-            moved = [changes[index].dfeatures[rows] for index in together]  # type: ignore[index]
-            loss, *found = head_kernels.quadratic_models(z, targets[rows], weight, moved, CHUNK_ELEMENTS, compiled)
-            for index, value, features in zip(together, *found, strict=True):
-                sums[index].add(Derivative(value, features, None), share)
+            u = u.to(z.dtype)
+            features = None if change.dfeatures is None else (u @ weight) * share
+            total.add(Derivative(value * share, features, None if change.dweight is None else (u.mT @ x[rows]) * share))
         losses.append(loss * share)
     return torch.stack(losses).sum(), [total.derivative() for total in sums]
-
-
-def _together(x: Tensor, weight: Tensor, changes: Sequence[Change]) -> list[int]:
-    """Which changes share the softmax."""
-    found = [index for index, change in enumerate(changes) if change.dweight is None]
-    return found if len(found) >= SHARED and triton_multiplies(x, weight, weight.mT) else []
-
-
-def _pulled_back(change: Change, value: Tensor, u: Tensor, x: Tensor, weight: Tensor) -> Derivative:
-    features = None if change.dfeatures is None else u @ weight
-    return Derivative(value, features, None if change.dweight is None else u.mT @ x)
 
 
 def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: ConvexLoss, compiled: bool = False) -> Tensor:
@@ -126,13 +102,15 @@ class _Sum:
         self.features: list[Tensor] = []
         self.weight: Tensor | None = None
 
-    def add(self, part: Derivative, share: float) -> None:
-        self.values.append(part.value * share)
+    def add(self, part: Derivative) -> None:
+        self.values.append(part.value)
         if part.features is not None:
-            self.features.append(part.features * share)
+            self.features.append(part.features)
         if part.weight is not None:
-            weight = (part.weight * share).to(torch.promote_types(part.weight.dtype, torch.float32))
-            self.weight = weight if self.weight is None else self.weight.add_(weight)
+            if self.weight is None:
+                self.weight = part.weight.to(torch.promote_types(part.weight.dtype, torch.float32))
+            else:
+                self.weight += part.weight
 
     def derivative(self) -> Derivative:
         features = torch.cat(self.features) if self.features else None

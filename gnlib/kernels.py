@@ -234,8 +234,10 @@ def _rows(z: Tensor) -> Tensor:
 
 
 @triton.jit
-def row_normaliser(Z, vocabulary, COLUMNS: tl.constexpr):
-    """log sum exp of a row of logits, in one sweep."""
+def _loss(Z, Y, LOSS, z_row, vocabulary, COLUMNS: tl.constexpr):
+    """One token's loss, in one sweep over its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * z_row
     lanes = tl.arange(0, COLUMNS)
     top = float("-inf")
     total = tl.zeros([COLUMNS], tl.float32)
@@ -244,16 +246,8 @@ def row_normaliser(Z, vocabulary, COLUMNS: tl.constexpr):
         new_top = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
         top = new_top
-    return top + tl.log(tl.sum(total, 0))
-
-
-@triton.jit
-def _loss(Z, Y, LOSS, z_row, vocabulary, COLUMNS: tl.constexpr):
-    """One token's loss, in one sweep over its logits."""
-    row = tl.program_id(0).to(tl.int64)
-    Z += row * z_row
     chosen = tl.load(Z + tl.load(Y + row)).to(tl.float32)
-    tl.store(LOSS + row, row_normaliser(Z, vocabulary, COLUMNS) - chosen)
+    tl.store(LOSS + row, top + tl.log(tl.sum(total, 0)) - chosen)
 
 
 def cross_entropy(z: Tensor, y: Tensor) -> Tensor:

@@ -74,12 +74,11 @@ class Linearisation:
         return dict(zip(names, gradients, strict=True))
 
     def derivatives(
-        self, deltas: Sequence[Parameters], targets: Tensor, expansion: Expansion, by_softmax: bool = False
+        self, deltas: Sequence[Parameters], targets: Tensor, expansion: Expansion
     ) -> tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]]]:
         """L at the outputs z and, for each delta, the expansion's value at v = J delta and its gradient in delta.
 
-        delta -> v = J delta -> u of the expansion at (z, targets, v) -> J^T u. Ends the life of the graph. `by_softmax`
-        says of the expansion that it is the quadratic model of cross-entropy.
+        delta -> v = J delta -> u of the expansion at (z, targets, v) -> J^T u. Ends the life of the graph.
         """
         z = self.outputs.detach()
         found = []
@@ -160,7 +159,7 @@ class DecoderLinearisation(Linearisation):
         return self.run(tangents.rms_norm)(self.last, model.final_norm.weight, dx, delta.get("final_norm.weight"))
 
     def derivatives(
-        self, deltas: Sequence[Parameters], targets: Tensor, expansion: Expansion, by_softmax: bool = False
+        self, deltas: Sequence[Parameters], targets: Tensor, expansion: Expansion
     ) -> tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]]]:
         """As of any model, with the head and the loss in chunks of tokens (`gnlib.head`) that all deltas share."""
         changes = []
@@ -169,7 +168,7 @@ class DecoderLinearisation(Linearisation):
             changes.append(head.Change(None if dx is None else dx.flatten(0, -2), delta.get("head.weight")))
         with torch.no_grad():
             x, weight = self.features.flatten(0, -2), self.model.head.weight
-            total, parts = head.derivatives(x, weight, targets.flatten(), changes, expansion, by_softmax, self.compiled)
+            total, parts = head.derivatives(x, weight, targets.flatten(), changes, expansion)
         found = []
         for index, (delta, part) in enumerate(zip(deltas, parts, strict=True)):
             gradients = {}

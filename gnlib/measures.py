@@ -123,13 +123,40 @@ def largest_batch(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record.config.outer_batch == most]
 
 
+def at_every_batch(measure: Measure, worst: Callable[[Estimate], float]) -> Measure:
+    """The measure at the batch where `worst` (`lowest`, `highest`) of it is smallest; nan if it is nan at any batch."""
+
+    def measured(groups: Groups, target: float) -> Estimate:
+        found = [measure(_at(groups, batch), target) for batch in _batches(groups)]
+        return next((one for one in found if math.isnan(one.mean)), None) or min(found, key=worst)
+
+    return measured
+
+
+def lowest(found: Estimate) -> float:
+    """The lower end of the interval; the smallest decides whether all figures are at least something."""
+    return found.mean - (found.half_width or 0.0)
+
+
+def highest(found: Estimate) -> float:
+    """The upper end with its sign changed; the smallest decides whether all figures are at most something."""
+    return -math.inf if found.censored else -(found.mean + (found.half_width or 0.0))
+
+
+def _batches(groups: Groups) -> list[int]:
+    return sorted({record.config.outer_batch for records in groups.values() for record in records})
+
+
+def _at(groups: Groups, batch: int) -> Groups:
+    return {name: [r for r in records if r.config.outer_batch == batch] for name, records in groups.items()}
+
+
 def best_schedule_ratio(batch: Literal["middle", "largest"]) -> Measure:
     """Steps of the best other schedule over the global cosine's, at the middle or the largest of the batches."""
 
     def measure(groups: Groups, target: float) -> Estimate:
-        sizes = sorted({record.config.outer_batch for records in groups.values() for record in records})
-        chosen = sizes[len(sizes) // 2] if batch == "middle" else sizes[-1]
-        at = {name: [r for r in records if r.config.outer_batch == chosen] for name, records in groups.items()}
+        sizes = _batches(groups)
+        at = _at(groups, sizes[len(sizes) // 2] if batch == "middle" else sizes[-1])
         cosine = at.pop(find_setting("gauss_newton").label)
         ratios = [ratio(records, cosine, target, _steps) for records in at.values()]
         return min(ratios, key=lambda r: math.inf if math.isnan(r.mean) else r.mean)

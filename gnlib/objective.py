@@ -68,11 +68,6 @@ class LinearisedObjective:
     def __init__(self, loss: ConvexLoss, ridge: float = 0.0, compiled: bool = False) -> None:
         self.loss, self.ridge, self.compiled = loss, ridge, compiled
 
-    @property
-    def by_softmax(self) -> bool:
-        """Whether `expand` is the quadratic model of cross-entropy."""
-        return False
-
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L(z), the subproblem's value at output tangent v, and its derivative in v (the cotangent)."""
         raise NotImplementedError
@@ -83,7 +78,7 @@ class LinearisedObjective:
         here = linearise(model, inputs, self.compiled)
         anchor = dict(model.named_parameters())
         deltas = [_difference(point, anchor) for point in points]
-        loss, found = here.derivatives(deltas, targets, self.expand, self.by_softmax)
+        loss, found = here.derivatives(deltas, targets, self.expand)
         units = [here.forward_units(list(delta)) for delta in deltas]
         units[0] += 1.0  # the shared primal
         pairs = [self._with_ridge(delta, *pair) for delta, pair in zip(deltas, found, strict=True)]
@@ -116,10 +111,6 @@ class GaussNewtonObjective(LinearisedObjective):
 
     v = J (theta - theta_t) has the shape of the outputs z. `ridge` lambda adds lambda * sum of mean(delta^2).
     """
-
-    @property
-    def by_softmax(self) -> bool:
-        return type(self.loss) is CrossEntropy
 
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if has_kernel(self.loss, z):

@@ -142,19 +142,29 @@ def try_out(inner: InnerConfig) -> None:
     """Two steps on a matrix and a vector with an optimiser of your own: ConfigError for what cannot work."""
     if "." not in inner.optimizer:  # the registry's have their tests
         return
-    parameters = {name: torch.ones(shape, requires_grad=True) for name, shape in (("matrix", (4, 3)), ("vector", (3,)))}
     try:
-        solver = Solver(parameters, {"matrix"}, inner)
-        for _ in range(2):
-            solver.step({name: torch.full_like(p, 0.1) for name, p in parameters.items()}, 1.0)
+        moved, moved_at_half = (_two_steps(inner, share) for share in (1.0, 0.5))
     except ConfigError:
         raise
     except Exception as error:  # of the user's code: anything
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(f"{inner.optimizer}: a trial step failed with {type(error).__name__}: {reason}") from None
-    # a smaller rate may be lost beside ones
-    if inner.lr >= 1e-4 and all(bool((p == 1).all()) for p in parameters.values()):
+    if inner.lr < 1e-4:  # what a smaller rate moves may be lost beside ones
+        return
+    if not moved.any():
         raise ConfigError(f"{inner.optimizer}: two trial steps at the rate {inner.lr:g} moved nothing")
+    if moved.equal(moved_at_half):
+        why = "is tuned and scheduled as the lr of its parameter groups"
+        raise ConfigError(f"{inner.optimizer}: its steps do not depend on the rate, which {why}")
+
+
+def _two_steps(inner: InnerConfig, share: float) -> Tensor:
+    """How far two steps at a share of the rate move 15 parameters."""
+    parameters = {name: torch.ones(shape, requires_grad=True) for name, shape in (("matrix", (4, 3)), ("vector", (3,)))}
+    solver = Solver(parameters, {"matrix"}, inner)
+    for _ in range(2):
+        solver.step({name: torch.full_like(p, 0.1) for name, p in parameters.items()}, share)
+    return torch.cat([(p.detach() - 1).flatten() for p in parameters.values()])
 
 
 def construct(kind: type[Optimizer], parameters: Named, inner: InnerConfig, **settings: Any) -> Optimizer:

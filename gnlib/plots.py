@@ -132,12 +132,44 @@ def cost_by_batch(reached: pd.DataFrame, axis: str = "outer_step", title: str = 
     return figure
 
 
+def ratios(table: pd.DataFrame, title: str = "") -> Figure:
+    """Ratios of steps (`tables.ratios`) with their intervals, a line a method and a colour a batch.
+
+    Open triangles are lower bounds, from runs that ended above the target.
+    """
+    import seaborn as sns
+
+    names, batches = _order(list(table["method"].unique())), sorted(table["batch"].unique())
+    place = {name: -index for index, name in enumerate(names)}
+    with _figure(title, f"95 % interval of {table['n'].max()} seeds", height=1.6 + 0.26 * len(names)) as (figure, axes):
+        for index, (batch, colour) in enumerate(zip(batches, sns.color_palette("colorblind"), strict=False)):
+            own, shift = table[table["batch"] == batch], 0.3 * (index / max(1, len(batches) - 1) - 0.5)
+            for bound, marker in ((False, "o"), (True, ">")):
+                chosen = own[own["lower_bound"] == bound]
+                height = [place[name] - shift for name in chosen["method"]]
+                label = None if bound else f"batch of {_tokens(batch)} tokens"
+                style = {"color": colour, "fillstyle": "none" if bound else "full", "markersize": 5, "label": label}
+                axes.errorbar(chosen["ratio"], height, None, _halves(chosen), fmt=marker, elinewidth=1.2, **style)
+        axes.axvline(1, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
+        axes.set_yticks(list(place.values()), names)
+        axes.set(xlabel="Outer steps to the target, over GN's at the same batch")
+    return figure
+
+
+def _halves(table: pd.DataFrame) -> Any:
+    """Of the intervals; none where there is one seed or a bound."""
+    return table["half_width"].where(~table["lower_bound"], 0.0).fillna(0.0)
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e6:.3g}M" if count >= 1e6 else f"{count / 1e3:.3g}k"
+
+
 def _batch_axis(axes: Axes, frame: pd.DataFrame) -> None:
     """Logarithmic, with a tick at each batch."""
     batches = sorted(frame["batch"].unique())
-    names = [f"{batch / 1e6:.3g}M" if batch >= 1e6 else f"{batch / 1e3:.3g}k" for batch in batches]
     axes.set(xscale="log", xlabel="Outer batch (tokens)")
-    axes.set_xticks(batches, names)
+    axes.set_xticks(batches, [_tokens(batch) for batch in batches])
     axes.set_xticks([], minor=True)
 
 

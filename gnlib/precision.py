@@ -38,9 +38,3 @@ def compiled_once(rule: Callable[..., Any]) -> Callable[..., Any]:
 def triton_takes(x: Tensor) -> bool:
     """Whether what is computed of tensors like x, without a graph, can go through the project's kernels."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float32)
-
-
-def triton_multiplies(*matrices: Tensor) -> bool:
-    """Whether products of matrices like these can go through the project's kernels, whose tiles come by TMA."""
-    takes = all(triton_takes(x) and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 for x in matrices)
-    return takes and torch.cuda.get_device_capability(matrices[0].device) >= (9, 0)

@@ -57,6 +57,24 @@ def mean_steps(target: float) -> Callable[[Sequence[Record]], Estimate]:
     return lambda records: results.mean_steps(records, target)
 
 
+def ratios(records: Sequence[Record], target: float, reference: str = "GN") -> pd.DataFrame:
+    """Steps to the target over those of `reference` at the same batch, paired by seed: one row a method and batch, with
+    the half width of the 95 % interval (nan for one seed) and whether it is a lower bound. The reference has none."""
+    import pandas as pd
+
+    groups, rows = by_method(records), []
+    for name, runs in groups.items():
+        for batch in sorted({record.config.outer_batch_tokens for record in runs} if name != reference else ()):
+            own, base = (
+                [record for record in of if record.config.outer_batch_tokens == batch]
+                for of in (runs, groups.get(reference, []))
+            )
+            found = results.ratio(own, base, target, lambda c: c.steps)
+            half = math.nan if found.half_width is None else found.half_width
+            rows.append((name, batch, found.n, found.mean, half, bool(found.censored)))
+    return pd.DataFrame(rows, columns=["method", "batch", "n", "ratio", "half_width", "lower_bound"])
+
+
 def rates(records: Sequence[Record]) -> str:
     """Learning rates (for Muon, that of the AdamW part second) and run length."""
     inner, steps = records[0].config.method.inner, records[0].config.outer_steps

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gnlib import bench, compare, readme, results
+from gnlib import bench, compare, readme, results, tables
 from gnlib.blocks import partition
 from gnlib.files import home
 from gnlib.flops import gradient_units
@@ -43,6 +43,7 @@ FIGURES: dict[str, tuple[str, Table]] = {  # notebook -> study, table
     "07_line_search": ("line_search", curves),
     "08_inner_solver": ("inner_solver", curves),
     "09_stateless_optimizers": ("stateless", curves),
+    "13_variants": ("variants", tables.ratios),
 }
 DRAWN = {  # profile -> notebooks whose figure is committed
     "laptop": list(FIGURES),

@@ -285,6 +285,22 @@ class Still(torch.optim.SGD):
         pass
 
 
+class Fixed(torch.optim.SGD):
+    """Keeps the rate that it was made with, which is then no one's to tune or to schedule."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= 0.01 * p.grad
+
+
+def test_an_optimiser_whose_steps_do_not_depend_on_its_groups_rate_is_refused() -> None:
+    inner = InnerConfig(optimizer=f"{__name__}.Fixed", lr=0.02)
+    with pytest.raises(ConfigError, match=r"Fixed: its steps do not depend on the rate, which is tuned and"):
+        try_out(inner)
+    try_out(InnerConfig(optimizer="torch.optim.Rprop", lr=0.02))  # takes it for its first step
+
+
 def test_an_optimiser_whose_steps_move_nothing_is_refused() -> None:
     inner = InnerConfig(optimizer=f"{__name__}.Still", lr=0.01)
     with pytest.raises(ConfigError, match=r"Still: two trial steps at the rate 0\.01 moved nothing$"):

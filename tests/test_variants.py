@@ -72,6 +72,11 @@ def test_the_schedules_are_studied_at_a_small_a_medium_and_a_large_batch() -> No
     assert {run.config.outer_batch for run in study_runs("stateless", "h200")} == {1024}
 
 
+def test_the_variants_are_studied_at_the_middle_and_the_largest_batch() -> None:
+    for profile, batches in (("laptop", [512, 2048]), ("h200", [4096, 16384])):
+        assert sorted({run.setting.batch for run in study_runs("variants", profile)}) == batches
+
+
 def test_studies_at_a_budget_read_as_many_tokens_whatever_the_batch() -> None:
     for name in ("fixed_budget", "stateless"):
         runs = study_runs(name, "laptop", [1])
