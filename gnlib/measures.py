@@ -123,24 +123,16 @@ def largest_batch(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record.config.outer_batch == most]
 
 
-def at_every_batch(measure: Measure, worst: Callable[[Estimate], float]) -> Measure:
-    """The measure at the batch where `worst` (`lowest`, `highest`) of it is smallest; nan if it is nan at any batch."""
+def least_over_batches(measure: Measure) -> Measure:
+    """The measure at the batch where its interval begins lowest, which decides whether it is at least something at all
+    of them; nan if it is nan at one."""
 
     def measured(groups: Groups, target: float) -> Estimate:
         found = [measure(_at(groups, batch), target) for batch in _batches(groups)]
-        return next((one for one in found if math.isnan(one.mean)), None) or min(found, key=worst)
+        unknown = [one for one in found if math.isnan(one.mean)]
+        return unknown[0] if unknown else min(found, key=lambda one: one.mean - (one.half_width or 0.0))
 
     return measured
-
-
-def lowest(found: Estimate) -> float:
-    """The lower end of the interval; the smallest decides whether all figures are at least something."""
-    return found.mean - (found.half_width or 0.0)
-
-
-def highest(found: Estimate) -> float:
-    """The upper end with its sign changed; the smallest decides whether all figures are at most something."""
-    return -math.inf if found.censored else -(found.mean + (found.half_width or 0.0))
 
 
 def _batches(groups: Groups) -> list[int]:

@@ -36,7 +36,7 @@ class Claim:
     unit: str
     holds: bool | str
     """Whether our figure is within the bound of the claim's text, with all of its interval (true) or with none of it
-    (false); else `undecided`, as without a figure; `not run` without records."""
+    (false); else `undecided`, as without a figure or with one that is outdone; `not run` without records."""
     found: Estimate | None = None
     at_least: float | None = None
     at_most: float | None = None
@@ -105,8 +105,8 @@ class Question:
         return self._answered(found, f"{found} {marks}".rstrip(), marks)
 
     def _answered(self, found: Estimate, ours: str, marks: str = "") -> Claim:
-        bounds = self.at_least, self.at_most
-        return Claim(self.claim, self.paper, ours, found.n, self.unit, self._holds(found), found, *bounds, marks)
+        bounds, holds = (self.at_least, self.at_most), UNDECIDED if OUTDONE in marks else self._holds(found)
+        return Claim(self.claim, self.paper, ours, found.n, self.unit, holds, found, *bounds, marks)
 
     def _holds(self, found: Estimate) -> bool | str:
         if math.isnan(found.mean):

@@ -1,8 +1,8 @@
 """What the studies run beyond the methods at the profile's own batch: variants of a method, other batches, a budget.
 
 A `Setting` names such a run apart from its data order and `setting_config` makes its configuration: the base method as
-tuned at the profile's outer batch, scaled to the setting's batch and length, then the variant's changes, then what
-`gnlib tune` found for the setting itself (tuned.json's entry `key`).
+tuned at the profile's outer batch, scaled to the setting's batch and length, then the variant's changes, then rates
+tuned nearby, then what `gnlib tune` found for the setting itself (tuned.json's entry `key`).
 """
 
 from __future__ import annotations
@@ -162,12 +162,13 @@ def setting_config(
     variant = VARIANTS.get(setting.name)
     if variant is None and setting.at_home(profile):
         return run_config(profile, setting.name, seed, changes, use_tuned)
+    rates: Changes = {}
     if tunable(setting) != setting:
         start, use_tuned = setting_config(profile, tunable(setting), seed), False
     else:
-        start = scaled(profile, run_config(profile, setting.base, seed), setting).replace(_rates(profile, setting))
+        start, rates = scaled(profile, run_config(profile, setting.base, seed), setting), _rates(profile, setting)
     own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else {}
-    return start.replace(_varied(start, variant), _ending(profile, setting), own, changes or {})
+    return start.replace(_varied(start, variant), rates, _ending(profile, setting), own, changes or {})
 
 
 def scaled(profile: str, config: RunConfig, setting: Setting) -> RunConfig:
@@ -194,10 +195,12 @@ def scaled(profile: str, config: RunConfig, setting: Setting) -> RunConfig:
 
 
 def _rates(profile: str, setting: Setting) -> Changes:
-    """At a budget: the learning rates tuned for steps to the target at the same batch, if they were."""
-    if not setting.budget:
+    """The learning rates that a search starts from, if they were tuned: at a budget, for steps to the target at the
+    same batch; of a variant, at the profile's own batch, as it may need others than its method."""
+    if setting.at_home(profile) or not (setting.budget or setting.name in VARIANTS):
         return {}
-    found = tuning(profile, key(profile, replace(setting, budget=False))).get("settings", {})
+    near = replace(setting, budget=False) if setting.budget else Setting(setting.name)
+    found = tuning(profile, key(profile, near)).get("settings", {})
     return {name: rate for name, rate in found.items() if name in ("method.inner.lr", "method.inner.adam_lr")}
 
 

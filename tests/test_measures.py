@@ -169,8 +169,8 @@ def test_the_best_other_schedule_is_compared_at_the_middle_and_at_the_largest_ba
     assert [estimate.mean for estimate in found] == [pytest.approx(5 / 4), pytest.approx(1 / 2)]
 
 
-def test_a_claim_at_every_batch_is_decided_where_its_interval_ends_nearest_to_the_bound() -> None:
-    """At 16 sequences the ratios are 1.5 and 1.5; at 64 they are 1.2 and 2.0, so wider to both sides."""
+def test_the_least_over_batches_is_where_the_interval_begins_lowest() -> None:
+    """At 16 sequences the ratios are 1.5 and 1.5; at 64 they are 1.2 and 2.0, more by the mean."""
     steps = {16: ((4, 6), (4, 6)), 64: ((5, 6), (5, 10))}
     records = [
         run(name, count, seed, batch)
@@ -178,20 +178,16 @@ def test_a_claim_at_every_batch_is_decided_where_its_interval_ends_nearest_to_th
         for seed, counts in enumerate(of_seed)
         for name, count in zip(("gauss_newton", "muon"), counts, strict=True)
     ]
-    for worst in (measures.lowest, measures.highest):
-        found = measures.at_every_batch(measures.step_ratio("muon"), worst)(by_method(records), TARGET)
-        assert found.mean == pytest.approx(1.6) and found.half_width is not None
-    even = measures.at_every_batch(measures.step_ratio("muon"), measures.highest)(by_method(records[:4]), TARGET)
-    assert even.mean == pytest.approx(1.5)
+    measure = measures.least_over_batches(measures.step_ratio("muon"))
+    assert measure(by_method(records), TARGET).mean == pytest.approx(1.6)
+    assert measure(by_method(records[:4]), TARGET).mean == pytest.approx(1.5)
 
 
-def test_a_claim_at_every_batch_takes_a_lower_bound_for_the_largest_figure_and_no_figure_for_none() -> None:
+def test_the_least_over_batches_may_be_a_lower_bound_and_is_none_where_one_is_missing() -> None:
     small = [run("gauss_newton", 4, batch=16), run("muon", 8, batch=16)]
     large = [run("gauss_newton", 4, batch=64), *ended_above([run("muon", 6, batch=64)], 64)]
-    for worst, ratio in ((measures.lowest, 1.5), (measures.highest, 1.5)):
-        found = measures.at_every_batch(measures.step_ratio("muon"), worst)(groups(small, large), TARGET)
-        assert (found.mean, found.censored) == (pytest.approx(ratio), 1)
+    measure = measures.least_over_batches(measures.step_ratio("muon"))
+    found = measure(groups(small, large), TARGET)
+    assert (found.mean, found.censored) == (pytest.approx(1.5), 1)
     lost = [*ended_above([run("gauss_newton", 4, batch=64)], 64), run("muon", 6, batch=64)]
-    assert math.isnan(
-        measures.at_every_batch(measures.step_ratio("muon"), measures.lowest)(groups(small, lost), TARGET).mean
-    )
+    assert math.isnan(measure(groups(small, lost), TARGET).mean)

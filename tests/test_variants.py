@@ -262,6 +262,18 @@ def test_at_a_budget_the_search_starts_from_the_rates_tuned_at_the_same_batch(ho
     assert elsewhere.method.inner.lr == 0.1
 
 
+def test_a_variant_starts_at_another_batch_from_its_own_rates_and_its_methods_length(home: Path) -> None:
+    rates = {"method.inner.lr": 0.005, "method.inner.adam_lr": 0.0015}
+    tuned(home, gauss_newton={"outer_steps": 4}, gauss_newton_no_search=rates | {"outer_steps": 8})
+    found = setting_config("laptop", Setting("gauss_newton_no_search", 128), use_tuned=False)
+    assert (found.method.inner.lr, found.method.inner.adam_lr, found.outer_steps) == (0.005, 0.0015, 64)
+    at_home = setting_config("laptop", Setting("gauss_newton_no_search"), use_tuned=False)
+    assert at_home.method.inner.lr == run_config("laptop", "gauss_newton").method.inner.lr
+    tuned(home, **{"gauss_newton": rates, "gauss_newton@128": {"method.inner.lr": 0.3}})
+    borrowed = setting_config("laptop", Setting("cold_start", 128))  # not tuned by itself
+    assert borrowed.method.inner.lr == 0.3
+
+
 def test_a_variant_may_take_twice_the_steps_of_its_method() -> None:
     assert most_steps("laptop", Setting("gauss_newton")) == 6
     assert most_steps("laptop", Setting("cold_start")) == 12
