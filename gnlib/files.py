@@ -21,9 +21,13 @@ PATIENCE = 2.0
 
 
 def home() -> Path:
-    """The folder with data/, figures/ and notebooks/: $GNLIB_HOME, else the checkout, else the working directory."""
+    """The folder with data/, figures/ and notebooks/: $GNLIB_HOME, which must exist, else the checkout, else the working
+    directory."""
     if "GNLIB_HOME" in os.environ:
-        return Path(os.environ["GNLIB_HOME"])
+        chosen = Path(os.environ["GNLIB_HOME"])
+        if not chosen.is_dir():  # a slip would look like a checkout without records
+            raise ConfigError(f"GNLIB_HOME: no folder {str(chosen)!r}")
+        return chosen
     checkout = Path(__file__).resolve().parents[1]
     return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
 

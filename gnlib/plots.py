@@ -140,25 +140,22 @@ def ratios(table: pd.DataFrame, title: str = "") -> Figure:
     import seaborn as sns
 
     names, batches = _order(list(table["method"].unique())), sorted(table["batch"].unique())
-    place = {name: -index for index, name in enumerate(names)}
-    with _figure(title, f"95 % interval of {table['n'].max()} seeds", height=1.6 + 0.26 * len(names)) as (figure, axes):
+    place, n = {name: -index for index, name in enumerate(names)}, table["n"].max()
+    note = "1 seed" if n == 1 else f"mean of {n} seeds, 95 % interval"
+    with _figure(title, note, height=1.6 + 0.26 * len(names)) as (figure, axes):
         for index, (batch, colour) in enumerate(zip(batches, sns.color_palette("colorblind"), strict=False)):
             own, shift = table[table["batch"] == batch], 0.3 * (index / max(1, len(batches) - 1) - 0.5)
             for bound, marker in ((False, "o"), (True, ">")):
                 chosen = own[own["lower_bound"] == bound]
                 height = [place[name] - shift for name in chosen["method"]]
                 label = None if bound else f"batch of {_tokens(batch)} tokens"
-                style = {"color": colour, "fillstyle": "none" if bound else "full", "markersize": 5, "label": label}
-                axes.errorbar(chosen["ratio"], height, None, _halves(chosen), fmt=marker, elinewidth=1.2, **style)
+                style = {"color": colour, "fillstyle": "none" if bound else "full", "label": label}
+                halves = chosen["half_width"].fillna(0.0)
+                axes.errorbar(chosen["ratio"], height, None, halves, fmt=marker, markersize=5, elinewidth=1.2, **style)
         axes.axvline(1, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
         axes.set_yticks(list(place.values()), names)
-        axes.set(xlabel="Outer steps to the target, over GN's at the same batch")
+        axes.set(xlabel="Outer steps to the target / GN's")
     return figure
-
-
-def _halves(table: pd.DataFrame) -> Any:
-    """Of the intervals; none where there is one seed or a bound."""
-    return table["half_width"].where(~table["lower_bound"], 0.0).fillna(0.0)
 
 
 def _tokens(count: int) -> str:

@@ -59,7 +59,7 @@ def mean_steps(target: float) -> Callable[[Sequence[Record]], Estimate]:
 
 def ratios(records: Sequence[Record], target: float, reference: str = "GN") -> pd.DataFrame:
     """Steps to the target over those of `reference` at the same batch, paired by seed: one row a method and batch, with
-    the half width of the 95 % interval (nan for one seed) and whether it is a lower bound. The reference has none."""
+    the half width of the 95 % interval (nan for one seed, and for a lower bound). The reference has none."""
     import pandas as pd
 
     groups, rows = by_method(records), []
@@ -70,7 +70,7 @@ def ratios(records: Sequence[Record], target: float, reference: str = "GN") -> p
                 for of in (runs, groups.get(reference, []))
             )
             found = results.ratio(own, base, target, lambda c: c.steps)
-            half = math.nan if found.half_width is None else found.half_width
+            half = math.nan if found.half_width is None or found.censored else found.half_width
             rows.append((name, batch, found.n, found.mean, half, bool(found.censored)))
     return pd.DataFrame(rows, columns=["method", "batch", "n", "ratio", "half_width", "lower_bound"])
 

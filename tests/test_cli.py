@@ -240,6 +240,16 @@ def test_a_result_that_could_not_be_written_is_refused_before_the_work(gnlib: Ca
     assert "is a folder" in refused(gnlib("bench", "--size", "tiny", "--json", path))
 
 
+def test_a_home_that_is_not_there_is_one_line_and_not_a_checkout_without_records(
+    gnlib: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path / "slip"))
+    for command in ("claims", "verify", "train"):
+        code, said, why = gnlib(command)
+        assert (code, said) == (2, "") and why == f"gnlib: GNLIB_HOME: no folder '{tmp_path / 'slip'}'\n"
+    assert not (tmp_path / "slip").exists()
+
+
 def test_sigterm_ends_the_command_as_an_exit_would_so_that_its_runs_are_stopped(
     gnlib: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
