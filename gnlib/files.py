@@ -21,8 +21,8 @@ PATIENCE = 2.0
 
 
 def home() -> Path:
-    """The folder with data/, figures/ and notebooks/: $GNLIB_HOME, which must exist, else the checkout, else the working
-    directory."""
+    """The folder with data/, figures/ and notebooks/: $GNLIB_HOME, which must exist, else the checkout, else the
+    working directory."""
     if "GNLIB_HOME" in os.environ:
         chosen = Path(os.environ["GNLIB_HOME"])
         if not chosen.is_dir():  # a slip would look like a checkout without records
