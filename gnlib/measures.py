@@ -10,7 +10,7 @@ from typing import Literal
 from gnlib.critical_batch import CriticalBatch, critical
 from gnlib.methods import METHODS
 from gnlib.record import Record
-from gnlib.results import Crossing, Estimate, crossing, estimate, final_loss, ratio, value_at
+from gnlib.results import Crossing, Estimate, batches, crossing, estimate, final_loss, ratio, value_at
 from gnlib.variants import find_setting
 
 Groups = dict[str, list[Record]]  # label -> records
@@ -119,35 +119,35 @@ def _ended(record: Record) -> float:
 
 
 def largest_batch(records: Sequence[Record]) -> list[Record]:
-    most = max(record.config.outer_batch for record in records)
-    return [record for record in records if record.config.outer_batch == most]
+    return list(batches(records).values())[-1]
 
 
-def least_over_batches(measure: Measure) -> Measure:
-    """The measure at the batch where its interval begins lowest, which decides whether it is at least something at all
-    of them; nan if it is nan at one."""
+def least_over_batches(measure: Measure, at_least: float) -> Measure:
+    """The measure at the batch that decides whether it is `at_least` so much at all of them: one where it is less, with
+    all of its interval; else nan if it is nan at one; else where its interval begins lowest."""
 
     def measured(groups: Groups, target: float) -> Estimate:
-        found = [measure(_at(groups, batch), target) for batch in _batches(groups)]
+        found = [measure(_at(groups, batch), target) for batch in _sizes(groups)]
+        less = [one for one in found if not one.censored and one.mean + (one.half_width or 0.0) < at_least]
         unknown = [one for one in found if math.isnan(one.mean)]
-        return unknown[0] if unknown else min(found, key=lambda one: one.mean - (one.half_width or 0.0))
+        return min(less or unknown or found, key=lambda one: one.mean - (one.half_width or 0.0))
 
     return measured
 
 
-def _batches(groups: Groups) -> list[int]:
-    return sorted({record.config.outer_batch for records in groups.values() for record in records})
+def _sizes(groups: Groups) -> list[int]:
+    return list(batches([record for records in groups.values() for record in records]))
 
 
 def _at(groups: Groups, batch: int) -> Groups:
-    return {name: [r for r in records if r.config.outer_batch == batch] for name, records in groups.items()}
+    return {name: batches(records).get(batch, []) for name, records in groups.items()}
 
 
 def best_schedule_ratio(batch: Literal["middle", "largest"]) -> Measure:
     """Steps of the best other schedule over the global cosine's, at the middle or the largest of the batches."""
 
     def measure(groups: Groups, target: float) -> Estimate:
-        sizes = _batches(groups)
+        sizes = _sizes(groups)
         at = _at(groups, sizes[len(sizes) // 2] if batch == "middle" else sizes[-1])
         cosine = at.pop(find_setting("gauss_newton").label)
         ratios = [ratio(records, cosine, target, _steps) for records in at.values()]

@@ -138,8 +138,12 @@ def _from_path(path: str) -> Entry:
     return Entry(kind.__name__, path, lambda matrices, others, inner: [construct(kind, {**matrices, **others}, inner)])
 
 
+START = 2.0**-10
+"""Of the parameters of a trial: beside ones small steps would be lost to rounding."""
+
+
 def try_out(inner: InnerConfig) -> None:
-    """Two steps on a matrix and a vector with an optimiser of your own: ConfigError for what cannot work."""
+    """A few steps with an optimiser of your own, at its rate and at half of it: ConfigError for what cannot work."""
     if "." not in inner.optimizer:  # the registry's have their tests
         return
     try:
@@ -149,22 +153,25 @@ def try_out(inner: InnerConfig) -> None:
     except Exception as error:  # of the user's code: anything
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(f"{inner.optimizer}: a trial step failed with {type(error).__name__}: {reason}") from None
-    if inner.lr < 1e-4:  # what a smaller rate moves may be lost beside ones
+    if inner.lr < 1e-4:  # what it moves may be lost all the same
         return
     if not moved.any():
         raise ConfigError(f"{inner.optimizer}: two trial steps at the rate {inner.lr:g} moved nothing")
     if moved.equal(moved_at_half):
-        why = "is tuned and scheduled as the lr of its parameter groups"
-        raise ConfigError(f"{inner.optimizer}: its steps do not depend on the rate, which {why}")
+        why = "which is how the rate is scheduled; see its options"
+        raise ConfigError(f"{inner.optimizer}: its steps do not follow the lr of its parameter groups, {why}")
 
 
 def _two_steps(inner: InnerConfig, share: float) -> Tensor:
-    """How far two steps at a share of the rate move 15 parameters."""
-    parameters = {name: torch.ones(shape, requires_grad=True) for name, shape in (("matrix", (4, 3)), ("vector", (3,)))}
-    solver = Solver(parameters, {"matrix"}, inner)
-    for _ in range(2):
-        solver.step({name: torch.full_like(p, 0.1) for name, p in parameters.items()}, share)
-    return torch.cat([(p.detach() - 1).flatten() for p in parameters.values()])
+    """How far two steps at a share of the rate move a matrix and a vector; the same numbers are drawn each time."""
+    shapes = {"matrix": (4, 3), "vector": (3,)}
+    parameters = {name: torch.full(shape, START, requires_grad=True) for name, shape in shapes.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        solver = Solver(parameters, {"matrix"}, inner)
+        for _ in range(2):
+            solver.step({name: torch.full_like(p, 0.1) for name, p in parameters.items()}, share)
+    return torch.cat([(p.detach() - START).flatten() for p in parameters.values()])
 
 
 def construct(kind: type[Optimizer], parameters: Named, inner: InnerConfig, **settings: Any) -> Optimizer:

@@ -133,7 +133,7 @@ def cost_by_batch(reached: pd.DataFrame, axis: str = "outer_step", title: str = 
 
 
 def ratios(table: pd.DataFrame, title: str = "") -> Figure:
-    """Ratios of steps (`tables.ratios`) with their intervals, a line a method and a colour a batch.
+    """Ratios of steps (`tables.ratios`) with their intervals, a row a method and a colour a batch.
 
     Open triangles are lower bounds, from runs that ended above the target.
     """
@@ -144,7 +144,7 @@ def ratios(table: pd.DataFrame, title: str = "") -> Figure:
     note = "1 seed" if n == 1 else f"mean of {n} seeds, 95 % interval"
     with _figure(title, note, height=1.6 + 0.26 * len(names)) as (figure, axes):
         for index, (batch, colour) in enumerate(zip(batches, sns.color_palette("colorblind"), strict=False)):
-            own, shift = table[table["batch"] == batch], 0.3 * (index / max(1, len(batches) - 1) - 0.5)
+            own, shift = table[table["batch"] == batch], 0.3 * (index - (len(batches) - 1) / 2)
             for bound, marker in ((False, "o"), (True, ">")):
                 chosen = own[own["lower_bound"] == bound]
                 height = [place[name] - shift for name in chosen["method"]]

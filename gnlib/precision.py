@@ -32,7 +32,13 @@ def matmul_precision(compute: ComputeConfig, device: torch.device) -> Iterator[N
 @cache
 def compiled_once(rule: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of a function that serves all its callers, such as blocks of equal shapes."""
+    torch.compiler.assume_constant_result(in_tf32)  # not where it is defined: this imports the compiler, half of torch
     return torch.compile(rule)
+
+
+def in_tf32() -> bool:
+    """Whether products of fp32 matrices on a GPU are in TF32 now."""
+    return torch.backends.cuda.matmul.allow_tf32
 
 
 def triton_takes(x: Tensor) -> bool:

@@ -36,7 +36,8 @@ class Claim:
     unit: str
     holds: bool | str
     """Whether our figure is within the bound of the claim's text, with all of its interval (true) or with none of it
-    (false); else `undecided`, as without a figure or with one that is outdone; `not run` without records."""
+    (false); else `undecided`, as without a figure, or where a better setting of one of its methods was found
+    since; `not run` without records."""
     found: Estimate | None = None
     at_least: float | None = None
     at_most: float | None = None

@@ -177,6 +177,14 @@ def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
     return {name: groups[name] for name in sorted(groups, key=lambda n: order.index(n) if n in order else len(order))}
 
 
+def batches(records: Sequence[Record]) -> dict[int, list[Record]]:
+    """Records grouped by outer batch, in sequences; the smallest first."""
+    groups: dict[int, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.config.outer_batch):
+        groups.setdefault(record.config.outer_batch, []).append(record)
+    return groups
+
+
 def ratio(
     numerator: Sequence[Record], denominator: Sequence[Record], target: float, of: Callable[[Crossing], float]
 ) -> Estimate:

@@ -21,7 +21,8 @@ class Study:
     methods: tuple[str, ...]
     """Names of `methods.ALL_METHODS` and `variants.VARIANTS`."""
     batches: Literal["own", "small", "two", "three", "all"] = "own"
-    """The profile's outer batch; a small one; the middle and the largest; these three; or all of them."""
+    """The profile's outer batch; a small one; the middle and the largest (of two they are the same); these three; or
+    all of them."""
     budget: bool = False
     """Runs end at the profile's token budget."""
 

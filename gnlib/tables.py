@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gnlib import results
 from gnlib.profiles import tuning
 from gnlib.record import Record
-from gnlib.results import Estimate, by_method, estimate, final_loss, steps_to_target
+from gnlib.results import Estimate, batches, by_method, estimate, final_loss, steps_to_target
 from gnlib.variants import Setting, home_batch, key, setting_config
 
 if TYPE_CHECKING:
@@ -46,9 +46,8 @@ def by_batch(
 
     cells: dict[str, dict[int, str]] = {}
     for name, runs in by_method(records).items():
-        for batch in sorted({record.config.outer_batch_tokens for record in runs}):
-            chosen = [record for record in runs if record.config.outer_batch_tokens == batch]
-            cells.setdefault(name, {})[batch] = str(measure(chosen))
+        for chosen in batches(runs).values():
+            cells.setdefault(name, {})[chosen[0].config.outer_batch_tokens] = str(measure(chosen))
     return pd.DataFrame(cells).fillna("-").sort_index().rename_axis(column)
 
 
@@ -57,21 +56,19 @@ def mean_steps(target: float) -> Callable[[Sequence[Record]], Estimate]:
     return lambda records: results.mean_steps(records, target)
 
 
-def ratios(records: Sequence[Record], target: float, reference: str = "GN") -> pd.DataFrame:
-    """Steps to the target over those of `reference` at the same batch, paired by seed: one row a method and batch, with
-    the half width of the 95 % interval (nan for one seed, and for a lower bound). The reference has none."""
+def ratios(records: Sequence[Record], target: float) -> pd.DataFrame:
+    """Steps to the target over Gauss-Newton's at the same batch (tokens), paired by seed: one row a method and batch at
+    which both were run, with the half width of the 95 % interval (nan for one seed, and for a lower bound)."""
     import pandas as pd
 
     groups, rows = by_method(records), []
+    newton = batches(groups.pop("GN", []))
     for name, runs in groups.items():
-        for batch in sorted({record.config.outer_batch_tokens for record in runs} if name != reference else ()):
-            own, base = (
-                [record for record in of if record.config.outer_batch_tokens == batch]
-                for of in (runs, groups.get(reference, []))
-            )
-            found = results.ratio(own, base, target, lambda c: c.steps)
-            half = math.nan if found.half_width is None or found.censored else found.half_width
-            rows.append((name, batch, found.n, found.mean, half, bool(found.censored)))
+        for batch, own in batches(runs).items():
+            if batch in newton:
+                found = results.ratio(own, newton[batch], target, lambda c: c.steps)
+                half = math.nan if found.half_width is None or found.censored else found.half_width
+                rows.append((name, own[0].config.outer_batch_tokens, found.n, found.mean, half, bool(found.censored)))
     return pd.DataFrame(rows, columns=["method", "batch", "n", "ratio", "half_width", "lower_bound"])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gnlib.model import NORM_EPS, Block, BlockTape, merge, rotate
-from gnlib.precision import triton_takes
+from gnlib.precision import in_tf32, triton_takes
 
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v or their tangents, each [B, H, S, K]
 Tangents = Mapping[str, Tensor]  # parameter name -> tangent of its shape; a missing name is zero
@@ -91,16 +91,11 @@ def attention(heads: Heads, dheads: Heads, y: Tensor) -> Tensor:
     dP = P (dS - rowsum(P dS)) with dS = (dq k^T + q dk^T) / sqrt K. All [B, H, S, K]. On a GPU in bf16 or TF32 by
     `gnlib.kernels`, without a tensor of S x S.
     """
-    if triton_takes(heads[0]) and (heads[0].dtype == torch.bfloat16 or _tf32()):
+    if triton_takes(heads[0]) and (heads[0].dtype == torch.bfloat16 or in_tf32()):
         from gnlib.kernels import attention_tangent  # needs Triton
 
         return attention_tangent(heads, dheads, y)
     return dense_attention(heads, dheads)
-
-
-@torch.compiler.assume_constant_result
-def _tf32() -> bool:
-    return torch.backends.cuda.matmul.allow_tf32
 
 
 def dense_attention(heads: Heads, dheads: Heads) -> Tensor:

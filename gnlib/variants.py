@@ -195,13 +195,15 @@ def scaled(profile: str, config: RunConfig, setting: Setting) -> RunConfig:
 
 
 def _rates(profile: str, setting: Setting) -> Changes:
-    """The learning rates that a search starts from, if they were tuned: at a budget, for steps to the target at the
-    same batch; of a variant, at the profile's own batch, as it may need others than its method."""
-    if setting.at_home(profile) or not (setting.budget or setting.name in VARIANTS):
+    """The learning rates or the damping that a search away from home starts from: at a budget those tuned for steps to
+    the target at the same batch, else those at the profile's own batch, where a variant may need others than its
+    method."""
+    if setting.at_home(profile):
         return {}
-    near = replace(setting, budget=False) if setting.budget else Setting(setting.name)
-    found = tuning(profile, key(profile, near)).get("settings", {})
-    return {name: rate for name, rate in found.items() if name in ("method.inner.lr", "method.inner.adam_lr")}
+    near = [replace(setting, budget=False)] * setting.budget + [Setting(setting.name)]
+    tuned = (tuning(profile, key(profile, one)).get("settings", {}) for one in near)
+    lengths = ("outer_steps", "method.inner.warmup")  # these follow the batch
+    return {name: value for name, value in next(filter(None, tuned), {}).items() if name not in lengths}
 
 
 def length(steps: int, ratio: float, setting: Setting) -> int:
@@ -242,4 +244,5 @@ def _changes(setting: Setting) -> Changes:
 def _varied(start: RunConfig, variant: Variant | None) -> Changes:
     if variant is None:
         return {}
-    return {"method.inner.steps": round(start.method.inner.steps * variant.inner_steps)} | variant.changes
+    steps = max(1, round(start.method.inner.steps * variant.inner_steps))
+    return {"method.inner.steps": steps} | variant.changes

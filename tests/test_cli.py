@@ -248,6 +248,8 @@ def test_a_home_that_is_not_there_is_one_line_and_not_a_checkout_without_records
         code, said, why = gnlib(command)
         assert (code, said) == (2, "") and why == f"gnlib: GNLIB_HOME: no folder '{tmp_path / 'slip'}'\n"
     assert not (tmp_path / "slip").exists()
+    (tmp_path / "slip").touch()
+    assert gnlib("claims")[0] == 2
 
 
 def test_sigterm_ends_the_command_as_an_exit_would_so_that_its_runs_are_stopped(

@@ -11,7 +11,7 @@ from gnlib import measures
 from gnlib.critical_batch import CriticalBatch
 from gnlib.measures import Groups
 from gnlib.record import Record
-from gnlib.results import by_method
+from gnlib.results import Estimate, by_method
 from gnlib.variants import find_setting
 
 TARGET = 4.0
@@ -169,25 +169,41 @@ def test_the_best_other_schedule_is_compared_at_the_middle_and_at_the_largest_ba
     assert [estimate.mean for estimate in found] == [pytest.approx(5 / 4), pytest.approx(1 / 2)]
 
 
-def test_the_least_over_batches_is_where_the_interval_begins_lowest() -> None:
-    """At 16 sequences the ratios are 1.5 and 1.5; at 64 they are 1.2 and 2.0, more by the mean."""
-    steps = {16: ((4, 6), (4, 6)), 64: ((5, 6), (5, 10))}
+RATIOS = {"wide": ((4, 5), (4, 9)), "one and a half": ((4, 6), (4, 6)), "one": ((4, 4), (4, 4))}  # GN's, Muon's
+
+
+def least(small: str, large: str) -> Estimate:
+    """Over a batch of 16 and one of 64 sequences, for a claim of at least 1.2."""
     records = [
         run(name, count, seed, batch)
-        for batch, of_seed in steps.items()
-        for seed, counts in enumerate(of_seed)
+        for batch, ratios in ((16, small), (64, large))
+        for seed, counts in enumerate(RATIOS[ratios])
         for name, count in zip(("gauss_newton", "muon"), counts, strict=True)
     ]
-    measure = measures.least_over_batches(measures.step_ratio("muon"))
-    assert measure(by_method(records), TARGET).mean == pytest.approx(1.6)
-    assert measure(by_method(records[:4]), TARGET).mean == pytest.approx(1.5)
+    return measures.least_over_batches(measures.step_ratio("muon"), 1.2)(by_method(records), TARGET)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_least_over_batches_is_where_the_interval_begins_lowest(swapped: bool) -> None:
+    """A mean of 1.75 from 1.25 and 2.25 reaches further down than 1.5 does."""
+    names = ("wide", "one and a half")
+    assert least(*names[:: -1 if swapped else 1]).mean == pytest.approx(1.75)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_least_over_batches_is_where_the_claim_is_refuted_if_it_is(swapped: bool) -> None:
+    """However far down the interval at another batch reaches."""
+    names = ("wide", "one")
+    assert least(*names[:: -1 if swapped else 1]).mean == pytest.approx(1.0)
 
 
 def test_the_least_over_batches_may_be_a_lower_bound_and_is_none_where_one_is_missing() -> None:
     small = [run("gauss_newton", 4, batch=16), run("muon", 8, batch=16)]
     large = [run("gauss_newton", 4, batch=64), *ended_above([run("muon", 6, batch=64)], 64)]
-    measure = measures.least_over_batches(measures.step_ratio("muon"))
+    measure = measures.least_over_batches(measures.step_ratio("muon"), 1.2)
     found = measure(groups(small, large), TARGET)
     assert (found.mean, found.censored) == (pytest.approx(1.5), 1)
     lost = [*ended_above([run("gauss_newton", 4, batch=64)], 64), run("muon", 6, batch=64)]
     assert math.isnan(measure(groups(small, lost), TARGET).mean)
+    refuted = [run("gauss_newton", 4, batch=16), run("muon", 4, batch=16)]
+    assert measure(groups(refuted, lost), TARGET).mean == pytest.approx(1.0)

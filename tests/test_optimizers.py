@@ -296,9 +296,17 @@ class Fixed(torch.optim.SGD):
 
 def test_an_optimiser_whose_steps_do_not_depend_on_its_groups_rate_is_refused() -> None:
     inner = InnerConfig(optimizer=f"{__name__}.Fixed", lr=0.02)
-    with pytest.raises(ConfigError, match=r"Fixed: its steps do not depend on the rate, which is tuned and"):
+    with pytest.raises(ConfigError, match=r"Fixed: its steps do not follow the lr of its parameter groups"):
         try_out(inner)
     try_out(InnerConfig(optimizer="torch.optim.Rprop", lr=0.02))  # takes it for its first step
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.02])
+def test_an_optimiser_whose_first_steps_are_tiny_is_not_refused(lr: float) -> None:
+    """Prodigy's first steps are a 1e-6th of its rate: beside ones, rounding would take them away or make all alike."""
+    before = torch.random.get_rng_state()
+    try_out(InnerConfig(optimizer="pytorch_optimizer.Prodigy", lr=lr))
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_an_optimiser_whose_steps_move_nothing_is_refused() -> None:

@@ -122,5 +122,12 @@ def test_ratios_stand_beside_their_methods_a_colour_a_batch_and_bounds_are_open(
     assert points[2.0].get_color() == points[4.0].get_color() != points[1.5].get_color()
     spans = {float(line.get_xdata()[0]): bars.get_segments()[0][:, 0] for line, bars in drawn}
     assert list(spans[1.5]) == pytest.approx([1.3, 1.7]) and list(spans[4.0]) == [4.0, 4.0]
-    assert abs(points[1.5].get_ydata()[0] - points[2.0].get_ydata()[0]) < 0.5
+    place = {text.get_text(): y for text, y in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True)}
+    above, below, alone = (points[x].get_ydata()[0] for x in (1.5, 2.0, 4.0))
+    assert place["AdamW"] < place["Muon"] and abs(alone - place["AdamW"]) < 0.3
+    assert 0.05 < above - place["Muon"] < 0.3 and 0.05 < place["Muon"] - below < 0.3
+    assert [1, 1] in [list(line.get_xdata()) for line in axes.lines] and "mean of 3 seeds" in axes.get_title()
+    (axes,) = plots.ratios(table[table["batch"] == 256].assign(n=1), "title").axes
+    [[point, *_]] = [bars for bars in axes.containers if len(bars[0].get_xdata())]
+    assert point.get_ydata()[0] == axes.get_yticks()[0] and axes.get_title().endswith("\n1 seed")
     assert axes.get_legend_handles_labels()[1] == ["batch of 0.256k tokens", "batch of 1.02k tokens"]

@@ -53,17 +53,20 @@ def test_cells_are_means_over_the_seeds_of_a_method_at_a_batch() -> None:
     assert list(tables.by_batch(ran_last, tables.mean_loss).index) == [256, 1024]
 
 
-def test_ratios_are_over_the_reference_at_the_same_batch_paired_by_seed() -> None:
-    """A run from 5.0 to 4.0 crosses 4.25 after 0.75 steps, one by way of 4.5 after 1.5."""
-    fast, slow = [5.0, 4.0], [5.0, 4.5, 4.0]
-    records = [at_batch(made("gauss_newton", fast, seed), size) for seed in (1, 2) for size in (16, 64)]
+def test_ratios_are_over_gauss_newtons_at_the_same_batch_paired_by_seed() -> None:
+    """A run from 5.0 to 4.0 crosses 4.25 after 0.75 steps, by way of 4.5 after 1.5, of 4.5 and 4.4 after 2.375."""
+    fast, slow, slower = [5.0, 4.0], [5.0, 4.5, 4.0], [5.0, 4.5, 4.4, 4.0]
+    records = [at_batch(made("gauss_newton", fast, seed), 64) for seed in (1, 2)]
+    records += [at_batch(made("gauss_newton", slow, seed), 16) for seed in (1, 2)]
     records += [at_batch(made("muon", losses, seed), 64) for seed, losses in ((1, slow), (2, fast))]
-    records += [at_batch(made("adamw", [5.0, 4.5, 4.4]), 16)]
-    frame = tables.ratios(records, 4.25)
-    assert list(frame["method"]) == ["Muon", "AdamW"] and list(frame["batch"]) == [1024, 256]
-    muon, adamw = (frame.iloc[index] for index in (0, 1))
-    assert muon["ratio"] == pytest.approx(1.5) and muon["half_width"] == pytest.approx(12.706 * 0.5) and muon["n"] == 2
-    assert adamw["ratio"] == pytest.approx(2 / 0.75) and adamw["lower_bound"] and math.isnan(adamw["half_width"])
+    records += [at_batch(made("muon", slower, seed), 16) for seed in (1, 2)]
+    records += [at_batch(made("adamw", [5.0] + [4.5] * steps, steps), 16) for steps in (1, 2)]
+    records += [at_batch(made("soap", fast), 32)]  # where there is no Gauss-Newton
+    frame = tables.ratios(records, 4.25).set_index(["method", "batch"])
+    assert list(frame.index) == [("Muon", 256), ("Muon", 1024), ("AdamW", 256)] and set(frame["n"]) == {2}
+    assert list(frame["ratio"]) == pytest.approx([2.375 / 1.5, 1.5, 1.0])
+    assert list(frame["half_width"])[:2] == pytest.approx([0.0, 12.706 * 0.5])
+    assert list(frame["lower_bound"]) == [False, False, True] and math.isnan(frame["half_width"].iloc[2])
 
 
 def test_steps_and_rates_by_batch() -> None:

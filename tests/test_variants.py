@@ -234,6 +234,10 @@ def test_a_variant_changes_what_it_is_named_for(name: str) -> None:
     assert found == FIELDS[name]
 
 
+def test_inner_steps_of_a_variant_are_one_at_least(home: Path) -> None:
+    assert setting_config("tiny", Setting("quarter_n", 16)).method.inner.steps == 1
+
+
 def test_inner_steps_of_a_variant_are_a_multiple_of_its_methods() -> None:
     steps = [setting_config("laptop", Setting(name)).method.inner.steps for name in ("quarter_n", "half_n", "double_n")]
     assert steps == [32, 64, 256]
@@ -267,6 +271,11 @@ def test_a_variant_starts_at_another_batch_from_its_own_rates_and_its_methods_le
     tuned(home, gauss_newton={"outer_steps": 4}, gauss_newton_no_search=rates | {"outer_steps": 8})
     found = setting_config("laptop", Setting("gauss_newton_no_search", 128), use_tuned=False)
     assert (found.method.inner.lr, found.method.inner.adam_lr, found.outer_steps) == (0.005, 0.0015, 64)
+    tuned(home, inner_adamw={"method.inner.lr": 0.07}, inner_cg={"method.inner.options.damping": 0.5})
+    adamw, cg = (setting_config("laptop", Setting(name, 128), use_tuned=False) for name in ("inner_adamw", "inner_cg"))
+    assert adamw.method.inner.lr == 0.07 and cg.method.inner.options["damping"] == 0.5
+    tuned(home, gauss_newton_no_search=rates)
+    assert setting_config("laptop", Setting("gauss_newton_no_search", 128, True)).method.inner.lr == 0.005
     at_home = setting_config("laptop", Setting("gauss_newton_no_search"), use_tuned=False)
     assert at_home.method.inner.lr == run_config("laptop", "gauss_newton").method.inner.lr
     tuned(home, **{"gauss_newton": rates, "gauss_newton@128": {"method.inner.lr": 0.3}})
