@@ -167,7 +167,7 @@ def _two_steps(inner: InnerConfig, share: float) -> Tensor:
     shapes = {"matrix": (4, 3), "vector": (3,)}
     parameters = {name: torch.full(shape, START, requires_grad=True) for name, shape in shapes.items()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # of the CPU's alone
         solver = Solver(parameters, {"matrix"}, inner)
         for _ in range(2):
             solver.step({name: torch.full_like(p, 0.1) for name, p in parameters.items()}, share)
