@@ -98,13 +98,17 @@ def _quotient(own: CriticalBatch, other: CriticalBatch) -> Estimate:
 
 
 def budget_lead(groups: Groups, target: float) -> Estimate:
-    """At the largest batch: final loss of the best baseline of a seed minus Gauss-Newton's, mean over the seeds.
+    """At the largest batch: final loss of the best baseline of a seed minus Gauss-Newton's (`lead`)."""
+    others = [record for name in BASELINES for record in largest_batch(_named(groups, name))]
+    return lead(largest_batch(_named(groups, "gauss_newton")), others)
+
+
+def lead(own: Sequence[Record], others: Sequence[Record]) -> Estimate:
+    """The lowest final loss of the others on a seed minus that of Gauss-Newton, mean over the seeds.
 
     Gauss-Newton's is that after as many tokens as a baseline reads, its line search's counted, between two evaluations.
     """
-    own = largest_batch(_named(groups, "gauss_newton"))
     newton = {record.config.seed: _loss_after(record, record.rows[-1]["tokens_train"]) for record in own}
-    others = [record for name in BASELINES for record in largest_batch(_named(groups, name))]
     best = {seed: min(_ended(record) for record in others if record.config.seed == seed) for seed in newton}
     return estimate([best[seed] - newton[seed] for seed in newton])
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gnlib import results
+from gnlib.measures import lead
 from gnlib.profiles import tuning
 from gnlib.record import Record
 from gnlib.results import Estimate, batches, by_method, estimate, final_loss, steps_to_target
@@ -82,6 +83,21 @@ def rates(records: Sequence[Record]) -> str:
 def mean_loss(records: Sequence[Record]) -> Estimate:
     """The final validation loss, nats per token; infinite for a diverged run."""
     return estimate([math.inf if record.status == "diverged" else final_loss(record) for record in records])
+
+
+def leads(records: Sequence[Record]) -> pd.DataFrame:
+    """Gauss-Newton's lead at a fixed budget after equal tokens (`measures.lead`), nats, over the best of the baselines
+    that were run: one row a batch (tokens) at which there are both."""
+    import pandas as pd
+
+    rows = {}
+    for runs in batches(records).values():
+        groups = by_method(runs)
+        newton = groups.pop("GN", [])
+        if newton and groups:
+            found = lead(newton, [record for others in groups.values() for record in others])
+            rows[runs[0].config.outer_batch_tokens] = {"GN's lead": str(found), "over the best of": ", ".join(groups)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("batch (tokens)")
 
 
 def trials(profile: str, settings: Sequence[Setting]) -> pd.DataFrame:

@@ -162,13 +162,13 @@ def setting_config(
     variant = VARIANTS.get(setting.name)
     if variant is None and setting.at_home(profile):
         return run_config(profile, setting.name, seed, changes, use_tuned)
-    rates: Changes = {}
     if tunable(setting) != setting:
         start, use_tuned = setting_config(profile, tunable(setting), seed), False
     else:
-        start, rates = scaled(profile, run_config(profile, setting.base, seed), setting), _rates(profile, setting)
+        start = scaled(profile, run_config(profile, setting.base, seed), setting)
     own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else {}
-    return start.replace(_varied(start, variant), rates, _ending(profile, setting), own, changes or {})
+    near, ending = _rates(profile, setting), _ending(profile, setting)
+    return start.replace(_varied(start, variant), near, ending, own, changes or {})
 
 
 def scaled(profile: str, config: RunConfig, setting: Setting) -> RunConfig:
@@ -198,9 +198,11 @@ def _rates(profile: str, setting: Setting) -> Changes:
     """The learning rates or the damping that a search away from home starts from: at a budget those tuned for steps to
     the target at the same batch, else those at the profile's own batch, where a variant may need others than its
     method."""
-    if setting.at_home(profile):
+    if setting.at_home(profile) or tunable(setting) != setting:  # which runs with its method's
         return {}
-    near = [replace(setting, budget=False)] * setting.budget + [Setting(setting.name)]
+    near = [Setting(setting.name)]
+    if setting.budget:
+        near.insert(0, replace(setting, budget=False))
     tuned = (tuning(profile, key(profile, one)).get("settings", {}) for one in near)
     lengths = ("outer_steps", "method.inner.warmup")  # these follow the batch
     return {name: value for name, value in next(filter(None, tuned), {}).items() if name not in lengths}

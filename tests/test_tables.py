@@ -53,6 +53,17 @@ def test_cells_are_means_over_the_seeds_of_a_method_at_a_batch() -> None:
     assert list(tables.by_batch(ran_last, tables.mean_loss).index) == [256, 1024]
 
 
+def test_leads_are_after_equal_tokens_over_the_best_baseline_there_at_each_batch() -> None:
+    """Gauss-Newton reads its search's tokens too: at as many as its training read it is between two evaluations."""
+    newton = at_batch(made("gauss_newton", [5.0, 4.0, 3.0]), 64)
+    half = newton.rows[-1]["tokens_train"] / (newton.rows[-1]["tokens_train"] + newton.rows[-1]["tokens_search"])
+    records = [newton, *(at_batch(made(name, [5.0, loss]), 64) for name, loss in (("muon", 4.5), ("adamw", 4.2)))]
+    records += [at_batch(made("muon", [5.0, 4.5]), 16), at_batch(made("gauss_newton", [5.0, 4.0]), 256)]  # alone
+    frame = tables.leads(records)
+    assert list(frame.index) == [1024] and frame.loc[1024, "over the best of"] == "Muon, AdamW"
+    assert frame.loc[1024, "GN's lead"] == f"{4.2 - (5.0 - 2 * half):.2f}" != "1.20"
+
+
 def test_ratios_are_over_gauss_newtons_at_the_same_batch_paired_by_seed() -> None:
     """A run from 5.0 to 4.0 crosses 4.25 after 0.75 steps, by way of 4.5 after 1.5, of 4.5 and 4.4 after 2.375."""
     fast, slow, slower = [5.0, 4.0], [5.0, 4.5, 4.0], [5.0, 4.5, 4.4, 4.0]
