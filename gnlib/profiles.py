@@ -41,6 +41,8 @@ class Profile:
     """Fields that `gnlib tune` searches, where a trial is too dear for all that a method has; None for all."""
     batches: tuple[int, ...] = ()
     """Outer batches of the studies over batch size, sequences; powers of 4 apart, `base`'s outer batch among them."""
+    larger: tuple[int, ...] = ()
+    """Batches beyond those, at which the critical batch size alone is studied, and methods may be missing."""
     budget: int = 0
     """Training sequences of a run at a fixed budget; a multiple of every batch."""
     shows_claims: bool = True
@@ -162,6 +164,7 @@ PROFILES: dict[str, Profile] = {
             most_steps=(12, 96),
             longer={"adamw": 192, "soap": 128},
             batches=(256, 1024, 4096, 16384),
+            larger=(65536,),
             budget=131072,
             methods={
                 "muon": {"method.inner.lr": 0.04, "method.inner.adam_lr": 0.02},

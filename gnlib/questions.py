@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -70,6 +70,14 @@ def first_batches(settings: Sequence[Setting], complete: Collection[Setting]) ->
     return chosen
 
 
+def _without_missing(
+    settings: Iterable[Setting], complete: Collection[Setting], batches: Collection[int]
+) -> list[Setting]:
+    """Without those of these batches at which runs of one of the settings are missing."""
+    missing = {setting.batch for setting in settings if setting not in complete}
+    return [setting for setting in settings if setting.batch not in missing.intersection(batches)]
+
+
 @dataclass(frozen=True)
 class Question:
     """A claim before it is answered."""
@@ -94,7 +102,7 @@ class Question:
             return unanswered
         complete = complete_settings(self.study, profile, seeds, self.methods, fresh)
         settings = dict.fromkeys(run.setting for run in study_runs(self.study, profile, seeds, self.methods))
-        decisive = self.decided_by(list(settings), complete)
+        decisive = self.decided_by(_without_missing(settings, complete, find_profile(profile).larger), complete)
         if not decisive or not complete.keys() >= set(decisive):  # none where the profile lacks what the study needs
             return unanswered
         records = [record for setting in decisive for record in complete[setting]]

@@ -20,9 +20,9 @@ class Study:
 
     methods: tuple[str, ...]
     """Names of `methods.ALL_METHODS` and `variants.VARIANTS`."""
-    batches: Literal["own", "small", "two", "three", "all"] = "own"
-    """The profile's outer batch; a small one; the middle and the largest (of two they are the same); these three; or
-    all of them."""
+    batches: Literal["own", "small", "two", "three", "all", "larger"] = "own"
+    """The profile's outer batch; a small one; the middle and the largest (of two they are the same); these three; all
+    of its `batches`; or all and the `larger` ones."""
     budget: bool = False
     """Runs end at the profile's token budget."""
 
@@ -39,6 +39,7 @@ class Study:
         small = every[len(every) > 3]  # where there are many, the smallest has too many steps
         two = every[len(every) // 2], every[-1]
         chosen = {"small": {small}, "two": set(two), "three": {small, *two}, "all": set(every)}
+        chosen["larger"] = {*every, *find_profile(profile).larger}
         return tuple(sorted(chosen[self.batches]))
 
     def lacks(self, profile: str) -> str:
@@ -53,7 +54,7 @@ _BASELINES = ("muon", "soap", "adamw")
 
 STUDIES: dict[str, Study] = {
     "iteration_complexity": Study(tuple(METHODS)),
-    "critical_batch_size": Study(("gauss_newton", "layerwise", *_BASELINES), "all"),
+    "critical_batch_size": Study(("gauss_newton", "layerwise", *_BASELINES), "larger"),
     "fixed_budget": Study(("gauss_newton", *_BASELINES), "all", budget=True),
     "prox_linear": Study(("gauss_newton", "prox_linear", "gauss_newton_no_search", "prox_linear_no_search")),
     "layerwise": Study(("gauss_newton", "layerwise", "matrixwise")),

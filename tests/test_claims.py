@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from gnlib.claims import QUESTIONS, as_json, as_markdown, as_text, claims
 from gnlib.config import ConfigError, RunConfig
 from gnlib.measures import early_lead
 from gnlib.methods import METHODS, method_of
-from gnlib.profiles import find_profile
+from gnlib.profiles import PROFILES, find_profile
 from gnlib.questions import NOT_RUN, UNDECIDED, Claim, Question, first_batches
 from gnlib.record import Record
 from gnlib.results import Estimate, by_method
@@ -133,7 +134,7 @@ def ship_as(home: Path, config: RunConfig, record: Record) -> None:
 def ship_batches(home: Path, study: str, steps: dict[str, tuple[int, ...]]) -> None:
     """One data order of some methods at the batches of tiny, smallest first, reaching the target at these steps."""
     batches = find_profile("tiny").batches
-    for setting, config in study_runs(study, "tiny", [1], list(steps)):
+    for setting, config in study_runs(study, "tiny", [1], list(steps), batches):
         if (index := batches.index(setting.batch or 0)) < len(steps[setting.name]):
             ship_as(home, config, made(setting.name, reaching(steps[setting.name][index]), 1))
 
@@ -157,6 +158,21 @@ def test_the_claim_at_the_largest_batch_needs_that_batch_alone(home: Path) -> No
         if setting.batch == largest:
             ship_as(home, config, made(setting.name, reaching(2 if setting.is_gauss_newton else 12), 1))
     assert (about(claims("tiny", seeds=[1]), "At the largest batch SOAP").ours or "").startswith("6.00")
+
+
+def test_a_batch_larger_than_the_profiles_decides_once_all_of_its_runs_are_there(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROFILES, "tiny", replace(find_profile("tiny"), larger=(256,)))
+    ship_batches(home, "critical_batch_size", {"gauss_newton": (20, 5), "soap": (20, 10)})
+    answers = []
+    for method, steps in (("gauss_newton", 2), ("soap", 8)):
+        answers.append(about(claims("tiny", seeds=[1]), "At the largest batch SOAP").ours or "")
+        for setting, config in study_runs("critical_batch_size", "tiny", [1], [method]):
+            if setting.batch == 256:
+                ship_as(home, config, made(method, reaching(steps), 1))
+    answers.append(about(claims("tiny", seeds=[1]), "At the largest batch SOAP").ours or "")
+    assert [answer[:4] for answer in answers] == ["2.00", "2.00", "4.00"]
 
 
 def test_batches_count_up_to_the_first_whose_runs_are_missing() -> None:
