@@ -132,9 +132,9 @@ def least_over_batches(measure: Measure, at_least: float) -> Measure:
 
     def measured(groups: Groups, target: float) -> Estimate:
         found = [measure(_at(groups, batch), target) for batch in _sizes(groups)]
-        less = [one for one in found if not one.censored and one.mean + (one.half_width or 0.0) < at_least]
+        less = [one for one in found if one.within(at_least, None) is False]
         unknown = [one for one in found if math.isnan(one.mean)]
-        return min(less or unknown or found, key=lambda one: one.mean - (one.half_width or 0.0))
+        return min(less or unknown or found, key=lambda one: one.interval[0])
 
     return measured
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -114,21 +113,10 @@ class Question:
         return self._answered(found, f"{found} {marks}".rstrip(), marks)
 
     def _answered(self, found: Estimate, ours: str, marks: str = "") -> Claim:
-        bounds, holds = (self.at_least, self.at_most), UNDECIDED if OUTDONE in marks else self._holds(found)
+        bounds = self.at_least, self.at_most
+        within = None if OUTDONE in marks else found.within(*bounds)
+        holds = UNDECIDED if within is None else within
         return Claim(self.claim, self.paper, ours, found.n, self.unit, holds, found, *bounds, marks)
-
-    def _holds(self, found: Estimate) -> bool | str:
-        if math.isnan(found.mean):
-            return UNDECIDED
-        spread = found.half_width or 0.0
-        low, high = found.mean - spread, found.mean + spread
-        if found.censored:  # a lower bound
-            high = math.inf
-        least = -math.inf if self.at_least is None else self.at_least
-        most = math.inf if self.at_most is None else self.at_most
-        if high < least or low > most:
-            return False
-        return True if least <= low and high <= most else UNDECIDED
 
 
 def _marks(entries: Sequence[dict[str, Any]], rough: bool) -> str:

@@ -149,6 +149,21 @@ class Estimate:
             return f"≥ {self.mean:.2f}"  # bounds have no interval
         return f"{self.mean:.2f}" if self.half_width is None else f"{self.mean:.2f} ± {self.half_width:.2f}"
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its ends; a lower bound has no upper one."""
+        spread = self.half_width or 0.0
+        return self.mean - spread, math.inf if self.censored else self.mean + spread
+
+    def within(self, at_least: float | None, at_most: float | None) -> bool | None:
+        """Whether all of the interval is within these bounds (true), or none of it (false); else None, as for nan."""
+        low, high = self.interval
+        least = -math.inf if at_least is None else at_least
+        most = math.inf if at_most is None else at_most
+        if high < least or low > most:
+            return False
+        return True if least <= low and high <= most else None
+
 
 def estimate(values: Sequence[float], censored: Sequence[bool] = ()) -> Estimate:
     """Mean and 95 % interval (Student's t over the seeds)."""
