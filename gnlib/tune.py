@@ -203,14 +203,20 @@ def _saturated(axes: list[Axis], trials: Trials, index: int) -> bool:
     return at_cap and shorter in trials and trials[shorter][0][0] <= (1 + SATURATED) * trials[best][0][0] < math.inf
 
 
-def ensure_tuned(profile: str, settings: Sequence[Setting], allow_run: bool) -> None:
-    """Tune what tuned.json lacks; StudyError naming the first command if that is not allowed, as where $CI is set."""
+def ensure_tuned(profile: str, settings: Sequence[Setting], allow_run: bool) -> list[Setting]:
+    """Tune what tuned.json lacks; where that is not allowed, as where $CI is set, leave it out and name it in a printed
+    line, or StudyError with the first command if that is everything. Returns the settings that are tuned."""
     missing = [setting for setting in settings if not tuning(profile, key(profile, setting))]
     if missing and (not allow_run or os.environ.get("CI")):
         what = f"{len(missing)} of {len(settings)} settings are not tuned"
-        raise StudyError(f"{what}; run: {command_for(profile, missing[0])}")
+        if len(missing) == len(settings):
+            raise StudyError(f"{what}; run: {command_for(profile, missing[0])}")
+        names = ", ".join(key(profile, setting) for setting in missing)
+        print(f"{what}, left out: {names}; the first: {command_for(profile, missing[0])}")
+        return [setting for setting in settings if setting not in missing]
     for setting in missing:
         tune(profile, setting)
+    return list(settings)
 
 
 def command_for(profile: str, setting: Setting) -> str:

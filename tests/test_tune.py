@@ -402,18 +402,22 @@ def test_the_command_that_is_named_tunes_that_setting(
     assert tuned == [setting]
 
 
-def test_what_is_not_tuned_yet_is_tuned_or_named_where_nothing_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_tuned_yet_is_tuned_or_left_out_and_named_where_nothing_may_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = runs_on(bowl(0.01, 32), monkeypatch)
     settings = [Setting("adamw"), Setting("adamw", 512)]
+    with pytest.raises(StudyError, match=r"^2 of 2 settings are not tuned; run: gnlib tune .* --methods adamw$"):
+        ensure_tuned("laptop", settings, allow_run=False)
     tune("laptop", settings[0])
     before = len(runs.rounds)
-    with pytest.raises(StudyError, match=r"1 of 2 settings are not tuned; run: gnlib tune .* adamw --batch 512"):
-        ensure_tuned("laptop", settings, allow_run=False)
     monkeypatch.setenv("CI", "true")
-    with pytest.raises(StudyError, match="not tuned"):
-        ensure_tuned("laptop", settings, allow_run=True)
+    for allow_run in (False, True):
+        assert ensure_tuned("laptop", settings, allow_run) == settings[:1]
+        said = capsys.readouterr().out
+        assert said.startswith("1 of 2 settings are not tuned, left out: adamw@512; the first: gnlib tune --profile laptop")
     monkeypatch.delenv("CI")
-    ensure_tuned("laptop", settings, allow_run=True)
+    assert ensure_tuned("laptop", settings, allow_run=True) == settings
     assert {config.outer_batch for round in runs.rounds[before:] for config in round} == {512}
 
 
