@@ -151,14 +151,17 @@ def study_records(
     """Records of a study's runs, labelled by their settings; what is missing is run first (`study.run_study`).
 
     Of a study under way, with some settings complete, only these are taken and a printed line names the others, unless
-    `methods` asks for them, or `fresh` for everything.
+    `methods` asks for them, or `fresh` for everything: then only what is missing at the profile's `larger` batches is
+    left out.
     """
     check_possible(name, profile)
     runs = study_runs(name, profile, seeds, methods)
-    complete = {} if fresh or methods else complete_settings(name, profile, seeds)
-    if complete:
-        _say_left_out({run.setting for run in runs} - complete.keys(), f"gnlib sweep {name} --profile {profile}")
-        runs = [run for run in runs if run.setting in complete]
+    complete = complete_settings(name, profile, seeds, methods, fresh)
+    missing = {run.setting for run in runs} - complete.keys()
+    if fresh or methods or not complete:
+        missing = {setting for setting in missing if setting.batch in find_profile(profile).larger}
+    _say_left_out(missing, f"gnlib sweep {name} --profile {profile}")
+    runs = [run for run in runs if run.setting not in missing]
     command = f"gnlib study {name} --profile {profile}"
     records = run_study([run.config for run in runs], profile, fresh, allow_run, command=command)
     return labelled(runs, records)

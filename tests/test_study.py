@@ -418,6 +418,23 @@ def test_what_is_asked_for_by_name_or_afresh_is_never_left_out(home: Path) -> No
             studies.study_records("layerwise", "tiny", [1], allow_run=False, **asked)  # type: ignore[arg-type]
 
 
+def test_what_is_missing_at_a_batch_larger_than_the_profiles_is_left_out_whatever_is_asked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is dear, and a notebook would train it unasked; what is there is shown."""
+    monkeypatch.setitem(PROFILES, "tiny", replace(PROFILES["tiny"], larger=(256,)))
+    names = ["gauss_newton", "soap"]
+    runs = studies.study_runs("critical_batch_size", "tiny", [1], names)
+    for run in runs:
+        if run.setting.batch != 256 or run.setting.name == "soap":
+            ship(home, of(run.config))
+    shown = studies.study_records("critical_batch_size", "tiny", [1], names, allow_run=False)
+    assert len(shown) == len(runs) - 1 and [label(r) for r in shown if r.config.outer_batch == 256] == ["SOAP"]
+    assert "left out: GN at 256 sequences; run: gnlib sweep critical_batch_size" in capsys.readouterr().out
+    with pytest.raises(StudyError, match=r"10 of 10 records are missing"):  # not of 15
+        studies.study_records("critical_batch_size", "tiny", [1], fresh=True, allow_run=False)
+
+
 def test_a_study_says_which_command_trains_what_is_missing() -> None:
     with pytest.raises(StudyError, match="run: gnlib study line_search --profile tiny"):
         studies.study_records("line_search", "tiny", allow_run=False)
