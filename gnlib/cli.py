@@ -147,6 +147,8 @@ def study(
     check_arguments(jobs, executor)  # in a dry run too
     check_possible(name, profile)
     configs = study_configs(name, profile, seeds, methods)
+    if fresh and not dry_run:
+        configs = [pinned(config) for config in configs]  # what there is of another text does not count
     records = find(configs, profile, fresh)
     missing = [config for config, record in zip(configs, records, strict=True) if record is None]
     print(f"{name}, profile {profile}: {len(configs)} runs, {expected(missing, profile, jobs)}", flush=True)
@@ -183,7 +185,7 @@ def sweep(
         jobs: Runs at a time; one per core or GPU by default.
         minutes: Stop after so many, with exit code 3 if something is left; the same command continues.
         tune: Tune what is not interior yet, before its data orders run.
-        fresh: Run data orders that are only shipped, which may be of another text; shipped rates stay.
+        fresh: Run what is only shipped, which may be of another text, but for the trials of settings that are interior.
     """
     sweep_studies(names, profile, jobs, minutes, methods, seeds, batches, tune, fresh)
 
@@ -196,6 +198,7 @@ def tune(
     budget: Flag = False,
     study: str | None = None,
     jobs: int | None = None,
+    fresh: Flag = False,
     no_run: Flag = False,
     dry_run: Flag = False,
 ) -> None:
@@ -208,6 +211,7 @@ def tune(
         budget: For the loss at the profile's token budget, not for steps to its target.
         study: All that a study listed by `gnlib profiles` needs, instead of methods, batch and budget.
         jobs: Runs at a time; one per core or GPU by default.
+        fresh: Ignore shipped trials, which may be of another text.
         no_run: Only read the records there are.
         dry_run: Only print a command for each, to be run apart, and whether tuned.json has it.
     """
@@ -219,7 +223,7 @@ def tune(
             state = {None: "missing", True: "interior", False: "not interior"}[interior]
             print(f"{command_for(profile, setting)}  # {state}")
             continue
-        entry = tune_method(profile, setting, jobs, allow_run=not no_run)
+        entry = tune_method(profile, setting, jobs, allow_run=not no_run, fresh=fresh)
         print(f"{key(profile, setting)}: {told(entry)}", flush=True)
 
 
@@ -250,7 +254,7 @@ def compare(
     found = comparing.compare(optimizer, profile, arguments, seeds, batches, trials, fresh, True, jobs)
     print(comparing.table(found).to_string())
     print(*comparing.notes(found), sep="\n")
-    print(f"figure: {comparing.save(found) / profile}.png")
+    print(f"figure: {comparing.save(found)}")
 
 
 @app.command

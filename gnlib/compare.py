@@ -21,11 +21,11 @@ from gnlib.files import data_folder, replacing
 from gnlib.import_path import imported, source_hash
 from gnlib.methods import METHODS, Changes
 from gnlib.optimizers import try_out
-from gnlib.profiles import find_profile, run_config
+from gnlib.profiles import find_profile, records_folder, run_config
 from gnlib.record import Record
-from gnlib.results import by_method, curves, mean_steps, ratio
+from gnlib.results import by_method, crossing, curves, mean_steps, ratio
 from gnlib.studies import STUDIES, study_configs
-from gnlib.study import StudyError, check_arguments, find, run_study
+from gnlib.study import StudyError, check_arguments, find, load, run_study
 from gnlib.tune import SEED, STEPS, WARMUPS, Axis, Trials, entry_of, geometric, ladder, open_fields, search
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ def start_of(path: str, profile: str, kwargs: Mapping[str, Any]) -> Changes:
     decay, betas = known.get("weight_decay"), known.get("betas")
     own: dict[str, Any] = {"weight_decay": decay} if isinstance(decay, (int, float)) else {}
     own |= {"betas": betas} if isinstance(betas, tuple) and len(betas) == 2 else {}  # see optimizers.construct
+    if "betas" in kwargs and isinstance(betas, tuple) and len(betas) != 2:
+        raise ConfigError(f"kwargs: betas of {kind.__name__} are {len(betas)}, not 2; they stay its defaults, {betas}")
     own |= kwargs
     fields = {name: own.pop(name) for name in ("lr", "weight_decay", "betas") if name in own}
     adamw = run_config(profile, "adamw", use_tuned=False)
@@ -204,6 +206,7 @@ def _rows(comparison: Comparison) -> list[dict[str, Any]]:
     best = best_baseline(comparison.references, target)
     shown_as = {"GN": "GN", "Layerwise GN": "Layerwise GN", best: f"{best}, best baseline".removeprefix(", ")}
     rows = []
+    diverged = any(record.status == "diverged" and crossing(record, target).censored for record in comparison.records)
     for name, shown in shown_as.items():
         runs = groups.get(name, [])
         over = ratio(comparison.records, runs, target, lambda c: c.steps)
@@ -211,9 +214,9 @@ def _rows(comparison: Comparison) -> list[dict[str, Any]]:
             {
                 "batch (tokens)": comparison.tokens,
                 "reference": shown,
-                "steps": str(mean_steps(comparison.records, target)),
+                "steps": "diverged" if diverged else str(mean_steps(comparison.records, target)),
                 "its steps": str(mean_steps(runs, target)) if runs else "not run",
-                "ratio": str(over),
+                "ratio": "-" if diverged else str(over),
                 "n": over.n,
             }
         )
@@ -236,7 +239,7 @@ def notes(comparisons: Sequence[Comparison]) -> list[str]:
         if len(texts) > 1:
             lines.append("  the references were run on another text (of another Python version); see --fresh")
         if any(record.status == "diverged" for record in comparison.records):
-            lines.append("  its runs diverged: their steps are no bound")
+            lines.append("  runs of it diverged")
         if missing := _missing(comparison):
             lines.append(f"  {missing}")
     return lines
@@ -264,7 +267,7 @@ def figure_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def save(comparisons: Sequence[Comparison]) -> Path:
-    """Write data/compare/<import path>/<profile>.png, .pdf, .csv and .json (trials and ratios); returns the folder.
+    """Write data/compare/<import path>/<profile>.png, .pdf, .csv and .json (trials and ratios); returns the figure.
 
     The class's options are in the names: `laptop,momentum=0.5.png`.
     """
@@ -286,14 +289,16 @@ def save(comparisons: Sequence[Comparison]) -> Path:
     }
     with replacing(folder / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return folder
+    return folder / f"{name}.png"
 
 
 def example_runs(profile: str) -> set[str]:
-    """Names (`recipe_id`) of all runs of the shipped example on the profile's seeds; none before they are complete."""
+    """Names (`recipe_id`) of all runs of the shipped example on the profile's seeds; before they are complete, of those
+    that are shipped."""
     try:
         comparisons = compare(EXAMPLE, profile, seeds=find_profile(profile).seeds, allow_run=False)
     except StudyError:
-        return set()
+        shipped = load(records_folder(profile).glob("*.jsonl"))
+        return {record.config.recipe_id for record in shipped if record.config.method.inner.optimizer == EXAMPLE}
     trials = {config.recipe_id for c in comparisons for _, config in c.trials.values()}
     return trials | {record.config.recipe_id for c in comparisons for record in c.records}

@@ -72,8 +72,8 @@ def _quadratic(gradient: Tensor, residual: Tensor, d: Tensor) -> float:
 class HessianFree:
     """The inner solver of an outer step; its state is each block's damping and last direction.
 
-    The gradient and the loss are those of the whole outer batch, the curvature that of its first micro-batches, a share
-    `fraction` of it. With warm start the iterations begin at the last direction.
+    The gradient and the loss are those of the whole outer batch, the curvature that of its first sequences, a share
+    `fraction` of it, however it is cut into micro-batches. With warm start the iterations begin at the last direction.
     """
 
     def __init__(self, model: nn.Module, loss: ConvexLoss, method: MethodConfig, blocks: Sequence[Block]) -> None:
@@ -120,12 +120,14 @@ class HessianFree:
         self, index: int, theta_t: dict[str, Tensor], gradient: Tensor, batches: Batches
     ) -> tuple[Solution, float]:
         """Conjugate gradients on one block, and their cost."""
-        curved, damping = batches[: curved_batches(self.fraction, len(batches))], self.dampings[index]
+        curved, damping = _first(batches, curved_sequences(self.fraction, _sequences(batches))), self.dampings[index]
+        weights = [len(part) / len(whole) for (part, _), (whole, _) in zip(curved, batches, strict=False)]
 
         def product(d: Tensor) -> Tensor:
             delta = _split(d, theta_t)
             products = [_flat(curvature_product(self.model, self.loss, delta, *batch)) for batch in curved]  # type: ignore[arg-type]
-            return torch.stack(products).mean(0) + damping * d
+            weighted = [weight * product for weight, product in zip(weights, products, strict=True)]
+            return torch.stack(weighted).sum(0) / sum(weights) + damping * d
 
         found = conjugate_gradient(product, gradient, self.directions[index], self.most, self.tolerance)
         units = 1.0 + linearise(self.model, curved[0][0][:1]).forward_units(list(theta_t))
@@ -147,18 +149,28 @@ class HessianFree:
         self.directions = [d.to(own) for d, own in zip(state["directions"], self.directions, strict=True)]
 
 
-def curved_batches(fraction: float, count: int) -> int:
-    """How many of an outer batch's `count` micro-batches the curvature is measured on."""
+def curved_sequences(fraction: float, count: int) -> int:
+    """How many of an outer batch's `count` sequences the curvature is measured on."""
     return max(1, round(fraction * count))
 
 
-def most_passes(blocks_units: Sequence[float], method: MethodConfig, micro_batches: int) -> float:
+def _first(batches: Batches, count: int) -> Batches:
+    """The first `count` sequences."""
+    chosen: list[tuple[Tensor, Tensor]] = []
+    for inputs, targets in batches:
+        if count > 0:
+            chosen.append((inputs[:count], targets[:count]))
+        count -= len(inputs)
+    return chosen
+
+
+def most_passes(blocks_units: Sequence[float], method: MethodConfig, sequences: int) -> float:
     """Of an outer step that takes all its iterations, in forward passes of each sequence of the outer batch.
 
     The gradient, then for each block the loss at the new point and the products, one of them for the residual at the
     start; `blocks_units` are those of each block's gradient (`flops.gradient_units`).
     """
-    share = curved_batches(_checked(method.inner.options)["fraction"], micro_batches) / micro_batches
+    share = curved_sequences(_checked(method.inner.options)["fraction"], sequences) / sequences
     return 3.0 + sum(1.0 + (1 + method.inner.steps) * share * units for units in blocks_units)
 
 

@@ -39,7 +39,7 @@ class CriticalBatch:
     """Geometric, over the seeds."""
     low: float
     high: float
-    """95 % interval; the mean itself for one seed and for a bound."""
+    """95 % interval; the mean itself for one seed."""
     n: int
     bound: str = ""
     """`above` or `below` where the mean is only a bound."""
@@ -84,7 +84,7 @@ def critical(records: Sequence[Record], target: float) -> CriticalBatch:
 
 def _geometric(values: Sequence[float], bound: str = "") -> CriticalBatch:
     logs = estimate([math.log(value) for value in values])
-    mean, half = math.exp(logs.mean), 0.0 if bound else logs.half_width or 0.0
+    mean, half = math.exp(logs.mean), logs.half_width or 0.0
     return CriticalBatch(mean, mean / math.exp(half), mean * math.exp(half), len(values), bound)
 
 

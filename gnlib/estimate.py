@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -58,8 +57,7 @@ def cost(config: RunConfig, steps: int | None = None) -> float:
     method, steps = config.method, config.outer_steps if steps is None else steps
     units = 3.0
     if method.inner.optimizer == CONJUGATE_GRADIENT:
-        micro_batches = math.ceil(config.outer_batch / config.compute.micro_batch)
-        units = most_passes(_units_by_block(config.model, config.data, method.blocks), method, micro_batches)
+        units = most_passes(_units_by_block(config.model, config.data, method.blocks), method, config.outer_batch)
     elif method.objective != "loss":
         units = 1.0 + sum(alone - 1.0 for alone in _units_by_block(config.model, config.data, method.blocks))
     searched = len(step_sizes(method.line_search)) * method.line_search.fraction if method.line_search else 0.0

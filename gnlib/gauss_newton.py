@@ -137,19 +137,28 @@ class GaussNewton:
     def state_dict(self) -> dict[str, Any]:
         """The inner solution, its optimisers' state and the number of steps done, without the model's parameters.
 
-        Plain tensors and values: `torch.load(..., weights_only=True)` reads it.
+        Plain tensors and values: `torch.load(..., weights_only=True)` reads it. As in torch the tensors are those that
+        the next step changes: save it, or deepcopy it, before.
         """
-        return self.outer.state_dict()
+        return self.outer.state_dict() | {"made_with": self._made_with()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue bit for bit, on the same device, where `state_dict` was taken; load the model's parameters too."""
-        if not (isinstance(state, dict) and state.keys() == self.outer.state_dict().keys()):
+        """Continue bit for bit, on the same device, where `state_dict` was taken; load the model's parameters too.
+
+        Learning rates are the state's, as in torch.
+        """
+        if not (isinstance(state, dict) and state.keys() == self.state_dict().keys()):
             raise ConfigError("state: it is none of a GaussNewton's state_dict()")
         if _shapes(state["solution"]) != _shapes(self.outer.solution):
             raise ConfigError("state: it belongs to a model with other parameters")
-        if _settings_of(state) != _settings_of(self.outer.state_dict()):
-            raise ConfigError("state: it belongs to another inner optimiser or other blocks")
-        self.outer.load_state_dict(state)
+        if state["made_with"] != self._made_with():
+            raise ConfigError("state: it belongs to another inner optimiser, other options of it or other blocks")
+        self.outer.load_state_dict({name: value for name, value in state.items() if name != "made_with"})
+
+    def _made_with(self) -> dict[str, Any]:
+        """What a state does not fit without."""
+        method = self.outer.config.method
+        return {"optimizer": method.inner.optimizer, "options": method.inner.options, "blocks": method.blocks}
 
     def _check_model(self, inputs: Tensor, targets: Tensor) -> None:
         """Before the first step, and again after model.train() or model.eval()."""
@@ -212,13 +221,6 @@ def _check_classes(outputs: Tensor, targets: Tensor) -> None:
 
 def _shapes(solution: dict[str, Tensor]) -> list[tuple[str, torch.Size]]:
     return [(name, tensor.shape) for name, tensor in solution.items()]
-
-
-def _settings_of(state: dict[str, Any]) -> list[Any]:
-    """What tells the states of different inner optimisers or blocks apart."""
-    groups = [group for solver in state["solvers"] for part in solver for group in part["param_groups"]]
-    directions = (state["hessian_free"] or {}).get("directions")
-    return [[(sorted(group), len(group["params"])) for group in groups], directions and [len(d) for d in directions]]
 
 
 class _Batches:

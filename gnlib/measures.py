@@ -32,11 +32,18 @@ def step_ratio(method: str, reference: str = "gauss_newton") -> Measure:
 
 
 def best_baseline_ratio(groups: Groups, target: float) -> Estimate:
-    """Steps to target of the baseline that is fastest on average, over Gauss-Newton's; none that diverged above the
-    target."""
-    sound = [name for name in BASELINES if not any(_failed(r, target) for r in _named(groups, name))]
-    ratios = [step_ratio(name)(groups, target) for name in sound] or [Estimate(math.nan, None, 0)]
-    return min(ratios, key=lambda r: math.inf if math.isnan(r.mean) else r.mean)
+    """Steps to target of each seed's fastest baseline, over Gauss-Newton's."""
+    return _best_ratio([_named(groups, name) for name in BASELINES], _named(groups, "gauss_newton"), target)
+
+
+def _best_ratio(others: Sequence[Sequence[Record]], reference: Sequence[Record], target: float) -> Estimate:
+    """Steps to target of the fastest of several methods on a seed over the reference's, mean over the seeds: on one of
+    them it may be another than by the mean. None that on any seed diverged above the target."""
+    sound = [record for runs in others if not any(_failed(r, target) for r in runs) for record in runs]
+    if not sound:
+        return Estimate(math.nan, None, 0)
+    fastest = {record.config.seed: record for record in sorted(sound, key=lambda r: -crossing(r, target).steps)}
+    return ratio(list(fastest.values()), reference, target, _steps)
 
 
 def _failed(record: Record, target: float) -> bool:
@@ -79,7 +86,7 @@ def critical_ratio(method: str, others: Sequence[str], least: bool = False) -> M
             return Estimate(math.nan, None, own.n)  # nothing can be said either way
         found = _quotient(own, chosen)
         unknown = least and "below" in {other.bound for other in theirs}  # another may be the smallest
-        return replace(found, half_width=None, censored=found.n) if unknown else found
+        return replace(found, censored=found.n) if unknown else found
 
     return measure
 
@@ -89,12 +96,13 @@ def _size(batch: CriticalBatch) -> float:
 
 
 def _quotient(own: CriticalBatch, other: CriticalBatch) -> Estimate:
-    """With the interval of a quotient of independent figures, from those of their logarithms: its wider, upper half."""
-    mean = own.mean / other.mean
-    if own.bound or other.bound or own.n == 1:
-        return Estimate(mean, None, own.n, own.n if own.bound or other.bound else 0)
+    """With the interval of a quotient of independent figures, from those of their logarithms: its wider, upper half;
+    also of a lower bound, whose seeds may differ as much."""
+    mean, bounds = own.mean / other.mean, own.n if own.bound or other.bound else 0
+    if own.n == 1:
+        return Estimate(mean, None, own.n, bounds)
     half = math.hypot(*(math.log(batch.high / batch.low) / 2 for batch in (own, other)))
-    return Estimate(mean, mean * math.expm1(half), own.n)
+    return Estimate(mean, mean * math.expm1(half), own.n, bounds)
 
 
 def budget_lead(groups: Groups, target: float) -> Estimate:
@@ -148,13 +156,12 @@ def _at(groups: Groups, batch: int) -> Groups:
 
 
 def best_schedule_ratio(batch: Literal["middle", "largest"]) -> Measure:
-    """Steps of the best other schedule over the global cosine's, at the middle or the largest of the batches."""
+    """Steps of a seed's best other schedule over the global cosine's, at the middle or the largest of the batches."""
 
     def measure(groups: Groups, target: float) -> Estimate:
         sizes = _sizes(groups)
         at = _at(groups, sizes[len(sizes) // 2] if batch == "middle" else sizes[-1])
         cosine = at.pop(find_setting("gauss_newton").label)
-        ratios = [ratio(records, cosine, target, _steps) for records in at.values()]
-        return min(ratios, key=lambda r: math.inf if math.isnan(r.mean) else r.mean)
+        return _best_ratio(list(at.values()), cosine, target)
 
     return measure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,12 +82,16 @@ def _seeds(frame: pd.DataFrame) -> str:
     return "1 seed" if n == 1 else f"mean of {n} seeds, band: lowest to highest"
 
 
+def _check_axis(axis: str, allowed: Collection[str]) -> None:
+    if axis not in allowed:
+        raise ConfigError(f"axis: no axis {axis!r}; allowed: {', '.join(allowed)}")
+
+
 def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", title: str = "") -> Figure:
     """Validation loss against `axis` (a key of AXES), one line a method, seeds as a band from lowest to highest."""
     from matplotlib.ticker import EngFormatter
 
-    if axis not in AXES:
-        raise ConfigError(f"axis: no axis {axis!r}; allowed: {', '.join(AXES)}")
+    _check_axis(axis, AXES)
     with _figure(title, _seeds(curves)) as (figure, axes):
         for name in _order(list(curves["method"].unique())):
             by_step = curves[curves["method"] == name].groupby("outer_step")
@@ -117,6 +121,7 @@ def cost_by_batch(reached: pd.DataFrame, axis: str = "outer_step", title: str = 
     Dotted, for outer steps: perfect linear scaling from each method's smallest batch. Open triangles are lower bounds,
     from batches at which a run ended above the target.
     """
+    _check_axis(axis, AXES)
     with _figure(title, _seeds(reached), height=4.0) as (figure, axes):
         for name in _order(list(reached["method"].unique())):
             by_batch = reached[reached["method"] == name].groupby("batch")
@@ -181,6 +186,7 @@ def _plain_ticks(axis: Axis) -> None:
 
 def loss_by_batch(ends: pd.DataFrame, axis: str = "batch", title: str = "") -> Figure:
     """Final validation loss (`results.ends`) against the outer batch, or against what the runs cost on another axis."""
+    _check_axis(axis, ("batch", *AXES))
     with _figure(title, _seeds(ends)) as (figure, axes):
         for name in _order(list(ends["method"].unique())):
             own = ends[ends["method"] == name]

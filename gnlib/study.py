@@ -32,7 +32,7 @@ from gnlib.record import Record, Row
 from gnlib.train import PARENT, check, pinned, run_folder, start_config, train
 
 POLL_SECONDS = 0.2
-_STARTING = Lock()
+_STARTING, _INLINE = Lock(), Lock()
 
 
 class StudyError(RuntimeError):
@@ -92,8 +92,8 @@ def find(configs: Sequence[RunConfig], profile: str, fresh: bool = False) -> lis
 
 
 def run_files() -> list[Path]:
-    """The records of this machine."""
-    return sorted((data_folder() / "runs").glob("*/record.jsonl"))
+    """The records of this machine, the latest last: of a recipe that was run on several texts it counts."""
+    return sorted((data_folder() / "runs").glob("*/record.jsonl"), key=lambda path: (path.stat().st_mtime, path))
 
 
 def of_one_text(records: list[Record], what: str) -> list[Record]:
@@ -210,9 +210,12 @@ def execute(
 
 
 def run_inline(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) -> None:
-    """One after another in this process; `jobs` is 1."""
+    """One after another in this process, whatever `jobs`; a sweep that is over begins no other."""
     for config in configs:
-        train(config, keep_weights=keep_weights)
+        with _INLINE:
+            if isinstance(jobs, Slots) and jobs.closed:
+                raise UnfinishedError(f"stopped before {describe(config)}")
+            train(config, keep_weights=keep_weights)
 
 
 def run_processes(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) -> None:

@@ -36,8 +36,9 @@ def sweep(
 ) -> None:
     """Tune every setting of the studies until it is interior (if `tuned`), and run its data orders.
 
-    `fresh` runs data orders whose records are only shipped, which may be of another text; rates that are shipped stay.
-    After `minutes`, what is under way is stopped: UnfinishedError, which says what is left for the next time.
+    `fresh` runs data orders, and trials of what is not interior, whose records are only shipped, which may be of
+    another text; shipped settings that are interior stay. After `minutes`, what is under way is stopped:
+    UnfinishedError, which says what is left for the next time.
     StudyError, once all else has ended, with a line for each chain that failed.
     """
     if minutes is not None and not minutes > 0:
@@ -85,7 +86,7 @@ class _Sweep:
             if other in self.chains:
                 self.chains[other].exception()
         if self.tuned and not tuning(self.profile, name).get("interior"):
-            entry = tune(self.profile, tunable(members[0]), jobs=self.slots)
+            entry = tune(self.profile, tunable(members[0]), jobs=self.slots, fresh=self.fresh)
             self.bar.write(f"{name}: {told(entry)}")
         configs = [setting_config(self.profile, setting, seed) for setting in members for seed in self.orders]
         run_study(configs, self.profile, fresh=self.fresh, jobs=self.slots, allow_run=True)
@@ -93,8 +94,10 @@ class _Sweep:
 
 
 def _waits_for(name: str, members: Sequence[Setting]) -> set[str]:
-    """The entries on whose best settings it depends where this one's search starts: its method's, and its batch's."""
-    return {tunable(members[0]).base, name.removesuffix(":budget")} - {name}
+    """The entries on whose best settings it depends where this one's search starts: its method's and, of a variant,
+    its own at the profile's batch, and its batch's."""
+    setting = tunable(members[0])
+    return {setting.base, setting.name, name.removesuffix(":budget")} - {name}
 
 
 def _chains(profile: str, settings: Iterable[Setting]) -> dict[str, list[Setting]]:

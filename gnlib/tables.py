@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gnlib import results
+from gnlib.config import ConfigError
 from gnlib.measures import lead
 from gnlib.profiles import tuning
 from gnlib.record import Record
@@ -63,7 +64,9 @@ def ratios(records: Sequence[Record], target: float) -> pd.DataFrame:
     import pandas as pd
 
     groups, rows = by_method(records), []
-    newton = batches(groups.pop("GN", []))
+    if "GN" not in groups:
+        raise ConfigError(f"methods: gauss_newton must be among them for ratios to it; got {', '.join(groups)}")
+    newton = batches(groups.pop("GN"))
     for name, runs in groups.items():
         for batch, own in batches(runs).items():
             if batch in newton:

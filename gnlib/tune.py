@@ -22,6 +22,7 @@ from gnlib.profiles import find_profile, records_folder, tuning
 from gnlib.record import Record
 from gnlib.results import crossing
 from gnlib.study import Jobs, StudyError, find, of_one_text, run_study
+from gnlib.train import pinned
 from gnlib.variants import Setting, find_setting, key, most_steps, setting_config, tunable
 
 SEED = 0  # never one of the seeds that results are reported on
@@ -52,7 +53,7 @@ class Axis:
 
 def geometric(field: str, start: float, factor: float = 2.0) -> Axis:
     """start x factor^k."""
-    return Axis(field, lambda index: float(f"{start * factor**index:.4g}"))
+    return Axis(field, lambda index: float(f"{start * factor**index:.4g}") if index else start)
 
 
 def ladder(field: str, start: int, values: Sequence[int], most: int, capped: bool = True) -> Axis:
@@ -101,10 +102,12 @@ def tune(
     jobs: Jobs = None,
     rounds: int = MAX_ROUNDS,
     allow_run: bool = True,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Search the grid and write the result to the profile's tuned.json; returns the entry of the method or setting.
 
-    With `allow_run` False it goes by the records there are: the optimum may then not be interior, and says so.
+    `fresh` ignores shipped records, which may be of another text. With `allow_run` False it goes by the records there
+    are: the optimum may then not be interior, and says so.
 
     The entry holds the settings, the score, whether the optimum is interior, and every trial with its run's name.
     """
@@ -119,11 +122,17 @@ def tune(
     def config(settings: Changes) -> RunConfig:
         return setting_config(profile, setting, SEED, settings, use_tuned=False)
 
+    texts: set[str | None] = set()
+
     def known(configs: list[RunConfig]) -> list[Record | None]:
-        return find(configs, profile)
+        found = find([pinned(one) for one in configs] if fresh and allow_run else configs, profile, fresh)
+        texts.update(record.config.data.fingerprint for record in found if record)
+        return found
 
     def run(configs: list[RunConfig]) -> list[Record]:
-        return run_study(configs, profile, jobs=jobs, command=command)
+        if texts and texts != {pinned(configs[0]).data.fingerprint}:  # what would be trained could not be compared
+            raise StudyError(f"{name}: the trials there are come from another text; --fresh tunes it on this one")
+        return run_study(configs, profile, fresh=fresh, jobs=jobs, allow_run=True, command=command)
 
     before = [point for row in tuning(profile, name).get("trials", []) if (point := _point(axes, row))]
     trials = search(axes, target, config, run if allow_run else None, known, rounds, before=before)

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gnlib.compare import EXAMPLE, best_baseline, compare, figure_table, notes, 
 from gnlib.config import RunConfig
 from gnlib.export import export
 from gnlib.optimizers import Solver
-from gnlib.profiles import run_config
+from gnlib.profiles import PROFILES, run_config
 from gnlib.record import Record
 from gnlib.study import StudyError
 from gnlib.train import run_folder
@@ -210,6 +211,7 @@ def test_a_class_with_another_number_of_betas_keeps_its_own(monkeypatch: pytest.
         ([EXAMPLE, "--kwargs", "lr=-1"], "method.inner.lr: "),
         ([EXAMPLE, "--kwargs", "alpha=fast"], "RMSprop: "),
         (["torch.optim.Adam", "--kwargs", "betas=[0.9]"], "method.inner.betas"),
+        ([f"{__name__}.ThreeBetas", "--kwargs", "betas=[0.5,0.5]"], "betas of ThreeBetas are 3, not 2; they stay its"),
         ([EXAMPLE, "--profile", "lapdog"], "no profile 'lapdog'"),
         ([EXAMPLE, "--trials", "0"], "trials: 0; at least 1"),
         ([EXAMPLE, "--batches", "-4"], "batches: -4; at least 1 sequence"),
@@ -314,7 +316,9 @@ def test_the_options_of_the_class_are_named_with_its_results(monkeypatch: pytest
     kwargs = {"momentum": 0.9, "alpha": 0.95}
     found = compare(EXAMPLE, "laptop", kwargs=kwargs, seeds=[1], trials=2, batches=[LARGE])
     assert ", momentum=0.9, alpha=0.95; best of 2 trials" in notes(found)[0]
-    assert json.loads((save(found) / "laptop,momentum=0.9,alpha=0.95.json").read_text())["kwargs"] == kwargs
+    figure = save(found)
+    assert figure.exists() and figure.name == "laptop,momentum=0.9,alpha=0.95.png"
+    assert json.loads((figure.parent / f"{figure.stem}.json").read_text())["kwargs"] == kwargs
 
 
 def test_references_on_another_text_are_marked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,8 +353,8 @@ def test_the_report_is_a_figure_with_its_table_and_a_file_for_programs(
 ) -> None:
     shipped(home, [1])
     runs_on(lambda config: 24.0, monkeypatch)
-    folder = save(compare(EXAMPLE, "laptop", seeds=[1], trials=2))
-    assert folder == home / "data" / "compare" / EXAMPLE
+    folder = home / "data" / "compare" / EXAMPLE
+    assert save(compare(EXAMPLE, "laptop", seeds=[1], trials=2)) == folder / "laptop.png"
     assert {path.name for path in folder.iterdir()} == {f"laptop.{end}" for end in ("png", "pdf", "csv", "json")}
     report = json.loads((folder / "laptop.json").read_text(encoding="utf-8"))
     assert report["ratios"][0]["ratio"] == "12.00" and len(report["tuning"]["131072"]["trials"]) == 2
@@ -375,6 +379,8 @@ def test_all_runs_of_the_example_are_shipped_and_none_of_an_incomplete_one(
     records.write(home / "data" / "runs" / last / "record.jsonl", wanted[last])
     assert export("tiny")[0] == len(wanted)
     assert {path.stem for path in (home / "data" / "records" / "tiny").glob("*.jsonl")} == set(wanted)
+    monkeypatch.setitem(PROFILES, "tiny", replace(PROFILES["tiny"], seeds=(1, 2)))  # another data order, not run yet
+    assert export("tiny")[0] == len(wanted)
 
 
 def test_where_nothing_may_be_trained_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,11 +390,14 @@ def test_where_nothing_may_be_trained_the_command_is_named(monkeypatch: pytest.M
 
 
 def test_runs_that_diverged_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs_on(lambda config: 24.0, monkeypatch)
-    (found,) = compare(EXAMPLE, "tiny", seeds=[1], trials=1, batches=[64])
+    runs_on(lambda config: 3.0, monkeypatch)
+    (found,) = compare(EXAMPLE, "laptop", seeds=[1], trials=1, batches=[LARGE])
     assert not [line for line in notes([found]) if "diverged" in line]
     found.records[0].status = "diverged"
-    assert "  its runs diverged: their steps are no bound" in notes([found])
+    assert "  runs of it diverged" in notes([found])
+    assert set(table([found])["steps"]) == {"3.00"}  # after it had reached the target
+    found.records[0].rows[-1]["val_loss"] = None
+    assert set(table([found])["steps"]) == {"diverged"} and set(table([found])["ratio"]) == {"-"}
 
 
 def test_a_batch_that_no_study_has_is_named_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gnlib.blocks import partition
 from gnlib.config import ConfigError, RunConfig
-from gnlib.conjugate_gradient import OPTIONS, HessianFree, adjustment, conjugate_gradient, curved_batches
+from gnlib.conjugate_gradient import OPTIONS, HessianFree, adjustment, conjugate_gradient, curved_sequences
 from gnlib.outer_step import OuterStep
 
 
@@ -161,8 +161,22 @@ def test_curvature_may_come_from_a_share_of_the_batch_and_the_gradient_never_doe
     assert_close(found, -torch.linalg.solve(damped, gradient), 1e-6)
 
 
-def test_the_share_of_the_batch_is_the_nearest_whole_number_of_micro_batches_and_at_least_one() -> None:
-    assert [curved_batches(fraction, 8) for fraction in (0.01, 0.125, 0.4, 0.45, 1.0)] == [1, 1, 3, 4, 8]
+def test_the_share_of_the_batch_is_the_nearest_whole_number_of_sequences_and_at_least_one() -> None:
+    assert [curved_sequences(fraction, 8) for fraction in (0.01, 0.125, 0.4, 0.45, 1.0)] == [1, 1, 3, 4, 8]
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.75, 1.0])
+def test_the_direction_does_not_depend_on_how_the_batch_is_cut(fraction: float) -> None:
+    """A record is found by a name that leaves out the micro-batch."""
+    case, found = classifier_case(), []
+    inputs, targets = case.inputs[:4].repeat(2, 1), case.targets[:4].repeat(2)
+    inputs = inputs + torch.arange(8, dtype=inputs.dtype)[:, None] / 8  # eight that differ
+    for size in (1, 2, 4, 8):
+        solver, solution = hessian_free(case, damping=0.3, fraction=fraction), case.anchor()
+        solver.solve(solution, list(zip(inputs.split(size), targets.split(size), strict=True)))
+        found.append(flatten(solution))
+    for other in found[1:]:
+        assert_close(other, found[0], 1e-7)
 
 
 def test_with_several_micro_batches_gradient_curvature_and_loss_are_means_over_them(case: Case) -> None:

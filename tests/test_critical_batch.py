@@ -95,12 +95,15 @@ def test_a_seed_whose_smallest_batch_tells_nothing_leaves_no_figure() -> None:
     assert math.isnan(critical_batch(crossings({64: 0.0, 256: 0.0}))[0])  # the start is below the target
 
 
-def test_a_bound_is_said_to_be_one_and_has_no_interval() -> None:
+def test_a_bound_is_said_to_be_one_and_shows_no_interval() -> None:
     found = critical(runs(lambda b: 1e5 / b) + runs(lambda b: 2e5 / b, seed=2), TARGET)
     assert (found.mean, found.low, found.high, found.bound) == (pytest.approx(4096), found.mean, found.mean, "above")
     assert str(found) == "above 4.1 k"
     two = critical(runs(lambda b: 1e5 / b) + runs(lambda b: 2e5 / b, 2, BATCHES[:-1]), TARGET)  # to 4096, to 1024
-    assert (two.mean, two.low, two.high) == (pytest.approx(2048), two.mean, two.mean)
+    assert two.mean == pytest.approx(2048) and two.low < two.mean < two.high  # how far the seeds are apart
+    assert str(two) == "above 2.05 k"
+    mixed = critical(runs(lambda b: 1e5 / b) + runs(lambda b: 10.0, 2), TARGET)  # one still scales, one never did
+    assert mixed.bound == "above" and mixed.mean == pytest.approx(math.sqrt(4096 * 1.2 * 64))
 
 
 def test_a_critical_batch_prints_its_interval_from_low_to_high_and_one_seed_has_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 from collections.abc import Callable, Iterator
@@ -363,8 +364,30 @@ def test_the_state_of_another_setting_is_refused_and_nothing_is_loaded(other: di
     first = newton(case.model)
     first.step(batches(case.inputs, case.targets, 3))
     optimizer = newton(classifier_case().model, **other)
-    assert "another inner optimiser or other blocks" in refused(lambda: optimizer.load_state_dict(first.state_dict()))
+    words = "another inner optimiser, other options of it or other blocks"
+    assert words in refused(lambda: optimizer.load_state_dict(first.state_dict()))
     assert optimizer.outer.done == 0
+
+
+@pytest.mark.parametrize("name", ["soap", "shampoo", "schedule_free", "sinkgd", "adam", "conjugate_gradient"])
+def test_a_state_fits_what_made_it_whatever_its_optimiser_adds_and_no_sibling(name: str) -> None:
+    """Some put a count of steps into their groups; the states of others look like those of a sibling."""
+    def made(optimizer: str) -> GaussNewton:
+        own = {"soap": {"options": {"precondition_frequency": 1}}, "schedule_free": {"schedule": "constant"}}
+        inner = InnerConfig(optimizer=optimizer, steps=2, **own.get(optimizer, {}))  # type: ignore[arg-type]
+        return newton(mlp((5, 6, 4), nn.GELU, 0), inner=inner)
+
+    case = classifier_case()
+    first, again = made(name), made(name)
+    endless = batches(case.inputs, case.targets, 3)
+    first.step(endless)
+    state = copy.deepcopy(first.state_dict())
+    again.model.load_state_dict(first.model.state_dict())
+    again.load_state_dict(state)
+    rest = [next(endless) for _ in range(3)]
+    assert first.step(iter(rest)) == again.step(iter(rest))
+    sibling = {"sinkgd": "swan", "adam": "adamw"}.get(name)
+    assert not sibling or "another inner optimiser" in refused(lambda: made(sibling).load_state_dict(state))
 
 
 def test_a_state_of_other_shapes_or_of_something_else_is_refused_and_nothing_is_loaded() -> None:
@@ -466,6 +489,7 @@ def test_steps_beyond_the_schedule_are_refused() -> None:
 
 
 PAIR = (classifier_case().inputs, classifier_case().targets)
+CLASSES = classifier_case().model(PAIR[0]).shape[-1]
 
 
 @pytest.mark.parametrize(
@@ -479,6 +503,8 @@ PAIR = (classifier_case().inputs, classifier_case().targets)
         ([[{"input_ids": PAIR[0]}] * 3], "each must be a pair of tensors (inputs, targets), got dict"),
         ([[(PAIR[0], PAIR[1] - 100)] * 3], "negative class indices (padding)"),
         ([[(PAIR[0], PAIR[1] + 100)] * 3], "of outputs for"),
+        ([[(PAIR[0], torch.full_like(PAIR[1], CLASSES))] * 3], f"class {CLASSES} of outputs for {CLASSES} classes"),
+        ([[(PAIR[0], torch.full_like(PAIR[1], -1))] * 3], "negative class indices (padding)"),
         ([[(PAIR[0], PAIR[1].int())] * 3], "targets are class indices, torch.int64; got torch.int32"),
         ([[(PAIR[0], PAIR[1][:-1])] * 3], "need targets"),
         ([[(PAIR[0][..., :-1], PAIR[1])] * 3], "its forward pass fails on these inputs ("),

@@ -98,6 +98,23 @@ def test_the_best_baseline_is_none_that_diverged_above_the_target_on_a_seed() ->
     assert measures.best_baseline_ratio(by_method(records), TARGET).mean == 4
 
 
+def test_the_best_baseline_is_the_fastest_of_each_seed() -> None:
+    """Muon's mean is lower, but on a seed SOAP is far faster: a claim about the best may not overlook it."""
+    records = [run("gauss_newton", 2, seed) for seed in (1, 2)] + [run("adamw", 40, seed) for seed in (1, 2)]
+    records += [run("muon", 8, seed) for seed in (1, 2)] + [run("soap", 2, 1), run("soap", 16, 2)]
+    found = measures.best_baseline_ratio(by_method(records), TARGET)
+    assert found.mean == pytest.approx((1 + 4) / 2) and found.within(2.0, None) is None
+
+
+def test_a_bound_of_a_critical_ratio_keeps_how_far_its_seeds_are_apart() -> None:
+    """Else one seed that still scales would decide what the same figures leave open."""
+    ratio = measures.critical_ratio("gauss_newton", ("soap", "muon"))
+    newton = scaling("gauss_newton", 1024) + scaling("gauss_newton", 64, seed=2)
+    others = [r for name in ("soap", "muon") for seed in (1, 2) for r in scaling(name, 16, seed=seed)]
+    found = ratio(groups(newton, others), TARGET)
+    assert found.censored and found.mean > 3 and found.half_width and found.within(3.0, None) is None
+
+
 def test_the_best_baseline_may_be_a_bound_and_where_all_diverged_there_is_none() -> None:
     baselines = [run(name, steps) for name, steps in (("muon", 20), ("soap", 8), ("adamw", 10))]
     records = [run("gauss_newton", 2), *baselines]

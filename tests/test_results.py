@@ -72,6 +72,12 @@ def test_a_start_at_or_below_the_target_takes_no_steps() -> None:
         assert crossing(made("adamw", [start, 4.5, 3.0]), 4.0) == Crossing(0, 0, False)
 
 
+def test_the_target_is_not_reached_across_an_evaluation_without_a_loss() -> None:
+    record = made("adamw", [5.0, None, 3.0], profile="laptop")
+    found = crossing(record, 4.0)
+    assert found.censored and found.steps == 2
+
+
 def test_a_loss_exactly_at_the_target_has_reached_it() -> None:
     assert crossing(made("adamw", [5.0, 4.5, 4.0, 3.0]), 4.5) == Crossing(1.0, TRAIN, False)
     assert crossing(made("adamw", [5.0, 4.5]), 4.5) == Crossing(1.0, TRAIN, False)

@@ -418,6 +418,36 @@ def test_what_is_asked_for_by_name_or_afresh_is_never_left_out(home: Path) -> No
             studies.study_records("layerwise", "tiny", [1], allow_run=False, **asked)  # type: ignore[arg-type]
 
 
+def test_of_a_recipe_that_was_run_on_two_texts_the_latest_counts(home: Path) -> None:
+    """Whatever the names of their folders, which hashes give."""
+    configs = [short("adamw", seed) for seed in range(1, 7)]
+    for age, text in enumerate("ba"):
+        for config in configs:
+            record = of(config.replace({"data.fingerprint": text * 16}))
+            leave(record)
+            os.utime(run_folder(record.config) / "record.jsonl", (1000.0 + age, 1000.0 + age))
+    found = find(configs, "tiny", fresh=True)
+    assert [record and record.config.data.fingerprint for record in found] == ["a" * 16] * 6
+
+
+def test_records_of_two_texts_are_no_study(home: Path) -> None:
+    configs = [short("adamw", 1), short("adamw", 2)]
+    for config, text in zip(configs, "ab", strict=True):
+        ship(home, of(config.replace({"data.fingerprint": text * 16})))
+    with pytest.raises(StudyError, match="its records come from different texts"):
+        run_study(configs, "tiny", allow_run=False)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_afresh_only_runs_on_the_text_that_there_is_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = short("adamw")
+    monkeypatch.setattr(study, "pinned", lambda config: config.replace({"data.fingerprint": "b" * 16}))
+    leave(of(config.replace({"data.fingerprint": "b" * 16})))
+    leave(of(config.replace({"data.fingerprint": "a" * 16})))  # later
+    (found,) = run_study([config], "tiny", fresh=True, allow_run=True)
+    assert found.config.data.fingerprint == "b" * 16
+
+
 def test_what_is_missing_at_a_batch_larger_than_the_profiles_is_left_out_whatever_is_asked_for(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from gnlib import sweep as sweeping
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import replacing
 from gnlib.record import Record
-from gnlib.studies import study_configs
+from gnlib.studies import study_configs, study_runs
 from gnlib.study import Slots, StudyError, UnfinishedError
 from gnlib.sweep import sweep
 from gnlib.variants import Setting, key, tunable
@@ -30,17 +30,19 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[tuple[str, str]] = []
         self.slots: set[int] = set()
+        self.afresh: list[bool] = []
         self.lock = threading.Lock()
         monkeypatch.setattr(sweeping, "tune", self.tune)
         monkeypatch.setattr(sweeping, "run_study", self.run)
         self.failing = ""
         self.error: Exception = StudyError("AdamW failed\nand again")
 
-    def tune(self, profile: str, setting: Setting, jobs: Slots) -> dict[str, object]:
+    def tune(self, profile: str, setting: Setting, jobs: Slots, fresh: bool) -> dict[str, object]:
         time.sleep(0.01)
         assert tunable(setting) == setting
         with self.lock:
             self.events.append(("tune", key(profile, setting)))
+            self.afresh.append(fresh)
             self.slots.add(id(jobs))
         if self.failing == key(profile, setting):
             raise self.error
@@ -77,17 +79,24 @@ def test_a_search_waits_for_the_one_that_it_starts_from(
     """However long that takes: the second would have begun while the first goes on."""
     calls, begun, early = Calls(monkeypatch), threading.Event(), []
 
-    def slow(profile: str, setting: Setting, jobs: Slots) -> dict[str, object]:
+    def slow(profile: str, setting: Setting, jobs: Slots, fresh: bool) -> dict[str, object]:
         name = key(profile, setting)
         if name == second:
             begun.set()
         if name == first:
             early.append(begun.wait(0.3))
-        return calls.tune(profile, setting, jobs)
+        return calls.tune(profile, setting, jobs, fresh)
 
     monkeypatch.setattr(sweeping, "tune", slow)
     sweep(["critical_batch_size", "fixed_budget"], "tiny", methods=["adamw"], seeds=[1])
     assert early == [False] and begun.is_set()
+
+
+def test_a_tuned_variant_at_another_batch_waits_for_its_method_and_for_itself_at_the_profiles() -> None:
+    """Its search starts from the rates that were tuned there (`variants.setting_config`)."""
+    waits = sweeping._waits_for("gauss_newton_no_search@512", [Setting("gauss_newton_no_search", 512)])
+    assert waits == {"gauss_newton", "gauss_newton_no_search"}
+    assert sweeping._waits_for("gauss_newton_no_search", [Setting("gauss_newton_no_search")]) == {"gauss_newton"}
 
 
 def test_variants_that_run_with_their_methods_settings_wait_for_its_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +122,57 @@ def test_a_sweep_afresh_runs_what_is_only_shipped(monkeypatch: pytest.MonkeyPatc
     for fresh in (True, False):
         sweep(["iteration_complexity"], "tiny", methods=["adamw"], seeds=[1], tuned=False, fresh=fresh)
     assert asked == [True, False]
+
+
+def test_a_sweep_afresh_tunes_without_what_is_only_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    for fresh in (True, False):
+        sweep(["iteration_complexity"], "tiny", methods=["adamw"], seeds=[1], fresh=fresh)
+    assert calls.afresh == [True, False]
+
+
+def test_a_sweep_in_one_process_trains_one_run_at_a_time_and_none_once_it_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    running, most, trained = [0], [0], []
+
+    def train(config: object, keep_weights: bool) -> None:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        running[0] -= 1
+        trained.append(config)
+        if len(trained) == 3:
+            made[0].close()
+
+    made: list[Slots] = []
+    monkeypatch.setattr(sweeping, "Slots", lambda count: made.append(Slots(count)) or made[0])
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setenv("GNLIB_EXECUTOR", "inline")
+    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, **_: study.execute(configs, jobs))
+    with pytest.raises(UnfinishedError, match=r"settings are left"):
+        sweep(["critical_batch_size"], "tiny", jobs=3, tuned=False, seeds=[1])
+    assert most[0] == 1 and len(trained) == 3
+
+
+def test_runs_that_are_stopped_give_their_slots_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = Slots(2)
+
+    class Process:
+        returncode = None
+
+        def poll(self) -> None:
+            slots.close()
+
+        def terminate(self) -> None: ...
+
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(study, "_spawn", lambda *_: Process())
+    with pytest.raises(UnfinishedError):
+        study.execute([run.config for run in study_runs("iteration_complexity", "tiny", [1])], slots)
+    assert {slots.take(), slots.take()} == {0, 1}
 
 
 def test_a_sweep_says_what_it_has_tuned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

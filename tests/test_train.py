@@ -543,3 +543,14 @@ def test_the_same_configuration_gives_the_same_losses_in_two_processes_from_scra
 def test_another_seed_gives_other_losses_from_the_same_start() -> None:
     first, second = (run(cold("adamw", seed=seed, outer_steps=1)).rows for seed in (1, 2))
     assert first[0]["val_loss"] == second[0]["val_loss"] and first[1]["val_loss"] != second[1]["val_loss"]
+
+
+def test_a_folder_that_holds_a_run_made_with_other_defaults_is_refused_and_stays() -> None:
+    """A later version's default may be another while the name, of what differs from the defaults, is the same."""
+    config = pinned(cold("adamw"))
+    other = run(config)
+    other.config = config.replace({"evaluation.every": 2})
+    records.write(run_folder(config) / "record.jsonl", other)
+    with pytest.raises(ConfigError, match=r"holds a run made with other defaults; move it away$"):
+        run(config)
+    assert records.read(run_folder(config) / "record.jsonl") == other

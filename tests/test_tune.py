@@ -270,8 +270,38 @@ def test_what_is_recorded_is_walked_before_anything_runs(home: Path, monkeypatch
     for lr in (0.01, 0.02, 0.04):
         config = run_config("laptop", "adamw", changes={"method.inner.lr": lr}, use_tuned=False)
         records.write(home / "data" / "runs" / config.run_id / "record.jsonl", ran(config, 0.1 / lr))
+    monkeypatch.setattr(tuning, "pinned", lambda config: config)
     tune("laptop", "adamw")
     assert {config.method.inner.lr for config in runs.rounds[0]} == {0.04, 0.08}  # around the best of the recorded
+
+
+@pytest.mark.parametrize("ci", ["", "true"])
+def test_trials_of_another_text_end_the_search_before_it_trains_and_fresh_leaves_them_out(
+    ci: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked for is trained where $CI is set too."""
+    monkeypatch.setenv("CI", ci)
+    runs, asked = runs_on(bowl(0.08, 32), monkeypatch), []
+    monkeypatch.setattr(tuning, "pinned", lambda config: config.replace({"data.fingerprint": "b" * 16}))
+    config = run_config("laptop", "adamw", changes={"data.fingerprint": "a" * 16}, use_tuned=False)
+    records.write(home / "data" / "records" / "laptop" / f"{config.recipe_id}.jsonl", ran(config, 10.0))
+    with pytest.raises(StudyError, match=r"^adamw: the trials there are come from another text; --fresh tunes it"):
+        tune("laptop", "adamw")
+    assert not runs.rounds
+    monkeypatch.setattr(tuning, "run_study", lambda *args, **named: asked.append(named) or runs(*args, **named))
+    assert tune("laptop", "adamw", fresh=True)["interior"]
+    assert {(named["fresh"], named["allow_run"]) for named in asked} == {(True, True)}
+
+
+def test_the_profiles_cap_closes_no_axis_but_that_of_its_length() -> None:
+    """A higher learning rate was not tried, and the next lower one is as good within half a per cent."""
+    axes, config = [tuning.geometric("method.inner.lr", 0.01)], run_config("laptop", "adamw")
+    assert open_fields(axes, {(0,): ((10.0, 4.0), config), (-1,): ((10.01, 4.0), config)}) == ["method.inner.lr"]
+
+
+def test_a_grid_starts_where_it_is_told_to() -> None:
+    axis = tuning.geometric("method.inner.lr", 0.0123456)
+    assert [axis.value(i) for i in (-1, 0, 1)] == [0.006173, 0.0123456, 0.02469]
 
 
 def test_the_warm_up_of_a_baseline_is_tuned_and_gauss_newton_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +317,7 @@ def test_records_are_found_again_where_the_search_has_another_start_than_it_had(
     ran_before = runs_on(bowl(0.02, 32), monkeypatch)
     first = tune("laptop", "adamw")
     kept = {config.recipe_id: ran(config, ran_before.surface(config)) for config in ran_before.configs}
-    monkeypatch.setattr(tuning, "find", lambda configs, _: [kept.get(config.recipe_id) for config in configs])
+    monkeypatch.setattr(tuning, "find", lambda configs, *_: [kept.get(config.recipe_id) for config in configs])
     monkeypatch.setitem(find_profile("laptop").methods, "adamw", {"method.inner.lr": 0.32})
     again = tune("laptop", "adamw", allow_run=False)
     assert again["settings"] == first["settings"] and again["interior"]
