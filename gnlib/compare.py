@@ -89,7 +89,8 @@ def compare(
         raise ConfigError(f"seeds: {SEED} is the data order of tuning; allowed: any other")
     for size in sizes:
         try_out(_config(profile, scaled(start, size), SEED).method.inner)
-    command = f"gnlib compare {path} --profile {profile}"
+    command = f"gnlib compare {path} --profile {profile} --seeds {' '.join(map(str, seeds))} --trials {trials}"
+    command += f" --kwargs {' '.join(f'{name}={value}' for name, value in kwargs.items())}" if kwargs else ""
     run = partial(run_study, profile=profile, fresh=fresh, allow_run=allow_run, jobs=jobs, command=command)
     searches: list[tuple[list[Axis], Trials]] = []
     finals: list[RunConfig] = []
@@ -250,12 +251,12 @@ def _options(comparison: Comparison) -> dict[str, Any]:
 
 
 def _missing(comparison: Comparison) -> str:
-    """Which references are not there, why, and what runs them; empty if all data orders have some."""
+    """Which references are not there, why, and what runs them; empty if all data orders have Gauss-Newton's."""
     batches, batch = find_profile(comparison.profile).batches, comparison.batch
     if batch not in (*batches, _sizes(comparison.profile)[0]):
         allowed = ", ".join(map(str, batches))
         return f"no study has references at this batch of {batch} sequences; allowed: {allowed} sequences"
-    there = {record.config.seed for record in comparison.references}
+    there = {record.config.seed for record in by_method(comparison.references).get("GN", [])}
     seeds = " ".join(str(seed) for record in comparison.records if (seed := record.config.seed) not in there)
     command = f"gnlib study {comparison.study} --profile {comparison.profile} --seeds {seeds}"
     return f"the references of data order {seeds} are not run at this batch; run: {command}" if seeds else ""

@@ -183,7 +183,7 @@ def check_model(model: nn.Module, loss: ConvexLoss, inputs: Tensor, targets: Ten
             raise ConfigError(f"model: its output is neither a tensor nor has `logits` ({error})") from None
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:  # of a shape, of a token that has no embedding
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"model: its forward pass fails on these inputs ({reason})") from None
         changed = [name for name, buffer in buffers.items() if buffer._version]

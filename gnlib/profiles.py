@@ -266,10 +266,16 @@ PROFILES: dict[str, Profile] = {
 
 
 def find_profile(name: str) -> Profile:
-    """By name; ConfigError with the allowed names for another."""
+    """By name; ConfigError with the allowed names for another, and for one whose batches do not fit together."""
     if name not in PROFILES:
         raise ConfigError(f"profile: no profile {name!r}; allowed: {', '.join(PROFILES)}")
-    return PROFILES[name]
+    found = PROFILES[name]
+    own, them = found.base.get("outer_batch", RunConfig().outer_batch), ", ".join(map(str, found.batches))
+    if found.batches and own not in found.batches:
+        raise ConfigError(f"profile: the outer batch of {name!r}, {own}, is not among its batches {them}")
+    if any(found.budget % batch or 0 < found.budget < 2 * batch for batch in found.batches):
+        raise ConfigError(f"profile: the budget of {name!r}, {found.budget}, is no multiple, twice or more, of {them}")
+    return found
 
 
 def records_folder(profile: str) -> Path:

@@ -162,7 +162,7 @@ def study_records(
         missing = {setting for setting in missing if setting.batch in find_profile(profile).larger}
     _say_left_out(missing, f"gnlib sweep {name} --profile {profile}")
     runs = [run for run in runs if run.setting not in missing]
-    command = f"gnlib study {name} --profile {profile}"
+    command = f"gnlib study {name} --profile {profile}" + (f" --seeds {' '.join(map(str, seeds))}" if seeds else "")
     records = run_study([run.config for run in runs], profile, fresh, allow_run, command=command)
     return labelled(runs, records)
 

@@ -519,6 +519,12 @@ def test_batches_that_do_not_fit_are_refused_and_nothing_moves(given: list, mess
     assert all(torch.equal(p, before[n]) for n, p in parameters(case.model).items()) and optimizer.outer.done == 0
 
 
+def test_tokens_without_an_embedding_are_refused() -> None:
+    optimizer = newton(nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4)).double())
+    pair = (torch.tensor([[1, 4]]), torch.tensor([[0, 0]]))
+    assert "its forward pass fails on these inputs (index out of range" in refused(lambda: optimizer.step([pair] * 3))
+
+
 def test_targets_of_another_shape_are_refused_for_the_squared_error() -> None:
     """z [n, 1] - y [n] would be a matrix."""
     case = regression_case()

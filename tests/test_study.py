@@ -466,8 +466,10 @@ def test_what_is_missing_at_a_batch_larger_than_the_profiles_is_left_out_whateve
 
 
 def test_a_study_says_which_command_trains_what_is_missing() -> None:
-    with pytest.raises(StudyError, match="run: gnlib study line_search --profile tiny"):
+    with pytest.raises(StudyError, match=r"run: gnlib study line_search --profile tiny$"):
         studies.study_records("line_search", "tiny", allow_run=False)
+    with pytest.raises(StudyError, match=r"run: gnlib study line_search --profile tiny --seeds 7 8$"):
+        studies.study_records("line_search", "tiny", [7, 8], allow_run=False)
 
 
 def test_an_unknown_study_or_profile_is_refused_in_one_line() -> None:

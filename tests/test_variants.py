@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,22 @@ def test_batches_are_powers_of_four_apart_with_the_profiles_own_and_divide_the_b
     assert all(larger == 4 * smaller for smaller, larger in pairwise(batches))
     budget = find_profile(profile).budget
     assert budget >= 2 * batches[-1] and all(budget % batch == 0 for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base": {"outer_batch": 128}}, "the outer batch of 'tiny', 128, is not among its batches 16, 64"),
+        ({"budget": 100}, "the budget of 'tiny', 100, is no multiple, twice or more, of 16, 64"),
+        ({"budget": 64}, "the budget of 'tiny', 64, is no multiple, twice or more, of 16, 64"),
+    ],
+)
+def test_a_profile_whose_batches_do_not_fit_together_is_refused(
+    changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROFILES, "tiny", replace(PROFILES["tiny"], **changes))
+    with pytest.raises(ConfigError, match=f"^profile: {words}$"):
+        find_profile("tiny")
 
 
 def test_the_schedules_are_studied_at_a_small_a_medium_and_a_large_batch() -> None:
