@@ -24,7 +24,7 @@ from gnlib.optimizers import try_out
 from gnlib.profiles import find_profile, records_folder, run_config
 from gnlib.record import Record
 from gnlib.results import by_method, crossing, curves, mean_steps, ratio
-from gnlib.studies import STUDIES, study_configs
+from gnlib.studies import study_configs
 from gnlib.study import StudyError, check_arguments, find, load, run_study
 from gnlib.tune import SEED, STEPS, WARMUPS, Axis, Trials, entry_of, geometric, ladder, open_fields, search
 
@@ -177,7 +177,7 @@ def _config(profile: str, changes: Changes, seed: int) -> RunConfig:
 def _references(profile: str, batch: int, seeds: Sequence[int], fresh: bool) -> tuple[list[Record], str]:
     """Records of the paper's methods at this batch, with `fresh` rather those of data/runs, and their study."""
     study = "iteration_complexity" if batch == _sizes(profile)[0] else "critical_batch_size"
-    wanted = [c for c in study_configs(study, profile, seeds) if c.outer_batch == batch] if study in STUDIES else []
+    wanted = [config for config in study_configs(study, profile, seeds) if config.outer_batch == batch]
     pairs = zip(find(wanted, profile, fresh), find(wanted, profile), strict=True)
     return [record for pair in pairs if (record := pair[0] or pair[1])], study
 

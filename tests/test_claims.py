@@ -294,7 +294,7 @@ def test_a_claim_from_the_data_order_of_tuning_is_marked(home: Path) -> None:
 def test_a_claim_on_a_method_of_which_a_better_setting_was_found_since_is_marked(home: Path) -> None:
     ship(home)
     table, best = home / "data" / "records" / "tiny" / "tuned.json", {"method.inner.weight_decay": 0.1, "run": "b"}
-    entry = {"settings": {}, "interior": True, "trials": [best]}
+    entry = {"settings": {}, "interior": True, "trials": [best, {"method.inner.weight_decay": 1e-3, "run": "a"}]}
     table.write_text(json.dumps(json.loads(table.read_text()) | {"muon": entry}))
     assert not [row for row in claims("tiny", seeds=SEEDS) if row.ours and "‡" in row.ours]
     entry["settings"] = {"method.inner.weight_decay": 1e-3}  # as the records have it

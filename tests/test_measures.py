@@ -186,6 +186,13 @@ def test_the_best_other_schedule_is_compared_at_the_middle_and_at_the_largest_ba
     assert [estimate.mean for estimate in found] == [pytest.approx(5 / 4), pytest.approx(1 / 2)]
 
 
+def test_the_middle_of_two_batches_is_the_larger_as_in_the_studies() -> None:
+    label = find_setting("constant").label
+    records = [run("gauss_newton", 4, batch=batch, label=None) for batch in (16, 64)]
+    records += [run("gauss_newton", steps, batch=batch, label=label) for batch, steps in ((16, 8), (64, 6))]
+    assert measures.best_schedule_ratio("middle")(by_method(records), TARGET).mean == pytest.approx(1.5)
+
+
 RATIOS = {"wide": ((4, 5), (4, 9)), "one and a half": ((4, 6), (4, 6)), "one": ((4, 4), (4, 4))}  # GN's, Muon's
 
 
