@@ -63,13 +63,14 @@ class Batch:
 
 def bench(
     sizes: Sequence[str], precisions: Sequence[str], methods: Sequence[str] = tuple(METHODS), steps: int = 20,
-    compiled: bool | None = None, on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    compiled: bool | None = None, on_row: Callable[[dict[str, Any]], None] = lambda row: None, kernels: int = 0,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row per size, precision and method; `on_row` is called with each. ConfigError for an unknown name.
 
     A row has size, method, precision, device, ms (median over n steps), tokens_per_s, peak_gib (GPU only),
     ratio_to_standard, n; then first_call_s (compilation included), tflop (counted from the layers' shapes), ceiling
-    (share of the rate of one large matrix product measured in the same run), parts (ms, for gn) and the versions.
+    (share of the rate of one large matrix product measured in the same run), parts (ms, for gn) and the versions; and,
+    if asked for, the `kernels` that take most of a step (`kernel_times`).
     """
     for what, names, allowed in (("size", sizes, SIZES), ("precision", precisions, PRECISIONS),
                                  ("method", methods, METHODS)):  # fmt: skip
@@ -78,22 +79,26 @@ def bench(
                 raise ConfigError(f"{what}: no {what} {name!r}; allowed: {', '.join(allowed)}")
     if steps < 1:
         raise ConfigError(f"steps: {steps}; at least 1")
+    if kernels < 0:
+        raise ConfigError(f"kernels: {kernels}; at least 0")
     rows = []
     for size in sizes:
         for precision in precisions:
-            for row in _compare(size, precision, list(dict.fromkeys(["standard", *methods])), steps, compiled):
+            for row in _compare(size, precision, list(dict.fromkeys(["standard", *methods])), steps, compiled, kernels):
                 on_row(row)
                 rows.append(row)
     return rows
 
 
-def _compare(size: str, precision: str, methods: Sequence[str], steps: int, compiled: bool | None) -> Any:
+def _compare(
+    size: str, precision: str, methods: Sequence[str], steps: int, compiled: bool | None, kernels: int
+) -> Any:
     """Rows of one size and precision; the standard step is timed before and after all others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = {method: _Run(size, method, precision, device, compiled) for method in methods}
     use_processor(runs["standard"].config.compute.threads)  # as training does
     ceiling = matmul_rate(precision, device)
-    found = {method: run.measure(steps) for method, run in runs.items()}
+    found = {method: run.measure(steps, kernels) for method, run in runs.items()}
     again = runs["standard"].measure(steps)
     standard = statistics.median([*found["standard"].pop("times"), *again["times"]])
     for method, row in found.items():
@@ -125,7 +130,7 @@ class _Run:
             },
         )
 
-    def measure(self, steps: int) -> dict[str, Any]:
+    def measure(self, steps: int, kernels: int = 0) -> dict[str, Any]:
         config, device = self.config, self.device
         torch._dynamo.reset()
         model = Decoder.from_config(config).to(device)
@@ -147,6 +152,8 @@ class _Run:
         }
         if self.method == "gn":
             row["parts"] = _parts(outer, batch, statistics.median(times), steps)
+        if kernels:
+            row["kernels"] = kernel_times(step, device)[:kernels]
         del model, outer, step
         gc.collect()
         if device.type == "cuda":
@@ -198,6 +205,24 @@ def timed(step: Callable[[], object], steps: int, device: torch.device) -> list[
         step()
         times.append(1e3 * (time.perf_counter() - began))
     return times
+
+
+def kernel_times(step: Callable[[], object], device: torch.device, steps: int = 5) -> list[dict[str, Any]]:
+    """The kernels of a step, on a CPU torch's operators, by torch's profiler: {name, ms and calls a step}, the longest
+    first. The time of each is its own, without those that it calls."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], acc_events=True) as profiled:
+        for _ in range(steps):
+            step()
+        _synchronise(device)
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"  # microseconds
+    rows = [
+        {"name": event.key, "ms": round(getattr(event, own) / 1e3 / steps, 4), "calls": event.count / steps}
+        for event in profiled.key_averages()
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
 
 
 def matmul_rate(precision: str, device: torch.device) -> float:
@@ -275,11 +300,12 @@ def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def as_text(row: dict[str, Any] | None) -> str:
-    """One line a row; None gives the heading."""
+    """One line a row, then one a kernel; None gives the heading."""
     if row is None:
         return f"{'size':7}{'method':13}{'prec.':7}{'ms':>9}{'tokens/s':>12}{'GiB':>7}{'/ standard':>12}{'ceiling':>9}"
     peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
     return (
         f"{row['size']:7}{row['method']:13}{row['precision']:7}{row['ms']:9.2f}{row['tokens_per_s']:12,d}{peak:>7}"
         f"{row['ratio_to_standard']:12.2f}{row['ceiling']:9.0%}"
+        + "".join(f"\n{one['ms']:36.2f}  {one['calls']:4g} x {one['name'][:60]}" for one in row.get("kernels", ()))
     )

@@ -312,6 +312,7 @@ def bench(
     methods: tuple[str, ...] = tuple(benchmark.METHODS),
     steps: int = 20,
     compile: bool | None = None,
+    kernels: int = 0,
     json: Path | None = None,
 ) -> None:
     """Measure every method's inner step beside a standard AdamW step, in one process, on random tokens.
@@ -322,6 +323,7 @@ def bench(
         methods: standard, gn, prox_linear, layerwise, forward (the loss alone); standard always runs.
         steps: Timed steps after 5 of warm-up; the median counts.
         compile: torch.compile; on a GPU by default.
+        kernels: Also show so many of the kernels that take most of each method's step (on a CPU operators), ms a step.
         json: Where to write the rows as a list of objects.
     """
     chosen = precision or (("bf16",) if torch.cuda.is_available() else ("fp32",))
@@ -331,7 +333,7 @@ def bench(
     def show(row: dict[str, object]) -> None:
         print(*heading, benchmark.as_text(row), sep="\n", flush=True)
 
-    rows = benchmark.bench(size, chosen, methods, steps, compile, show)
+    rows = benchmark.bench(size, chosen, methods, steps, compile, show, kernels)
     if json:
         with replacing(json) as temporary:
             temporary.write_text(_dumps(rows) + "\n")

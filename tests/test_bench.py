@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from gnlib.bench import METHODS, as_text, bench, matmul_rate, random_batch, table, timed
+from gnlib.bench import METHODS, as_text, bench, kernel_times, matmul_rate, random_batch, table, timed
 from gnlib.cli import app
 from gnlib.config import ComputeConfig, ConfigError
 from gnlib.precision import matmul_precision
@@ -36,6 +37,25 @@ def test_ratios_are_to_the_standard_step_which_is_timed_twice(rows: list[dict[st
         assert row["n"] == 2
         ratio = row["ms"] / standard["ms"]  # type: ignore[operator]
         assert row["ratio_to_standard"] == pytest.approx(ratio, rel=0.02, abs=6e-4)  # it has three digits
+
+
+def test_the_operators_that_take_most_of_a_step_are_named_the_longest_first() -> None:
+    standard, newton = bench(["tiny"], ["fp32"], ["gn"], steps=2, kernels=4)
+    for row in (standard, newton):
+        times = [one["ms"] for one in row["kernels"]]
+        assert len(times) == 4 and times == sorted(times, reverse=True) and times[-1] >= 0
+        assert all(one["name"] in as_text(row) and one["calls"] >= 1 for one in row["kernels"])
+    assert any(one["name"] in ("aten::mm", "aten::addmm", "aten::bmm") for one in newton["kernels"])
+
+
+def test_each_kernel_has_the_time_and_the_calls_of_one_step() -> None:
+    a, b = torch.randn(2, 384, 384)
+    began = time.perf_counter()
+    found = kernel_times(lambda: [a @ b for _ in range(3)], CPU, steps=4)
+    wall = 1e3 * (time.perf_counter() - began)
+    assert (found[0]["name"], found[0]["calls"]) == ("aten::mm", 3)
+    assert 4 * sum(one["ms"] for one in found) < wall  # one after another
+    assert found[0]["ms"] > 0.5 * 3 * min(timed(lambda: a @ b, 10, CPU))
 
 
 def test_flops_are_those_of_the_layers(rows: list[dict[str, object]]) -> None:
