@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,11 +92,14 @@ def train(
             raise ConfigError(f"{folder}: holds a run made with other defaults; move it away")
         if done is not None and done.ended and (not keep_weights or (folder / "weights.pt").exists()):
             return done
-        run = _Run(config, device or default_device(), folder)
+        ended = done if done is not None and done.ended else None  # its record stays: it runs again for its weights
+        run = _Run(config, device or default_device(), folder / "again" if ended else folder)
         run.loop(on_row or (lambda config, row: None), checkpoint_seconds)
         if keep_weights:
             _save(folder / "weights.pt", run.model.state_dict())
-        return run.record
+        if ended:
+            shutil.rmtree(folder / "again")
+        return ended or run.record
 
 
 def check(config: RunConfig) -> None:

@@ -545,6 +545,25 @@ def test_another_seed_gives_other_losses_from_the_same_start() -> None:
     assert first[0]["val_loss"] == second[0]["val_loss"] and first[1]["val_loss"] != second[1]["val_loss"]
 
 
+def test_the_record_of_a_run_stays_while_it_runs_again_for_its_weights() -> None:
+    config = pinned(cold("adamw"))
+    done = run(config)
+    folder = run_folder(config)
+
+    def stop(config: RunConfig, row: Row) -> None:
+        if row["outer_step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, keep_weights=True, on_row=stop, checkpoint_seconds=0.0)
+    assert records.read(folder / "record.jsonl") == done
+    seen: list[int] = []
+    run(config, keep_weights=True, on_row=lambda _, row: seen.append(row["outer_step"]))
+    assert seen[0] > 1  # from the checkpoint
+    assert (folder / "weights.pt").exists() and not (folder / "again").exists()
+    assert records.read(folder / "record.jsonl") == done
+
+
 def test_a_folder_that_holds_a_run_made_with_other_defaults_is_refused_and_stays() -> None:
     """A later version's default may be another while the name, of what differs from the defaults, is the same."""
     config = pinned(cold("adamw"))
