@@ -45,12 +45,20 @@ def _steps_claim(
     return Question(claim, paper, unit, study, (reference, method), measure, at_least, at_most, also_in=also_in)
 
 
-def _batches_claim(claim: str, paper: str, method: str, at_least: float) -> Question:
-    """A claim about the steps of a variant over Gauss-Newton's at two batches; the figure is the smaller one
-    (`measures.least_over_batches`)."""
-    unit, names = "steps to target / GN's; the smaller of two", ("gauss_newton", method)
-    measure = measures.least_over_batches(measures.step_ratio(method), at_least)
-    return Question(claim, paper, unit, "variants", names, measure, at_least)
+def _batches_claim(
+    claim: str,
+    paper: str,
+    method: str,
+    reference: str = "gauss_newton",
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Question:
+    """A claim about the steps of a variant over those of another at two batches; the figure is that of the batch which
+    decides (`measures.deciding_batch`)."""
+    which = "smaller" if at_most is None else "larger"
+    unit = f"steps to target / {find_setting(reference).label}'s; the {which} of two"
+    measure = measures.deciding_batch(measures.step_ratio(method, reference), at_least, at_most)
+    return Question(claim, paper, unit, "variants", (reference, method), measure, at_least, at_most)
 
 
 def _tokens_claim(claim: str, paper: str, method: str, at_most: float) -> Question:
@@ -193,6 +201,25 @@ QUESTIONS = (
         "better",
         "inner_solver",
         "inner_adamw",
+        at_least=1.05,
+    ),
+    _batches_claim(
+        "At the middle and the largest batch GN-prox-linear takes at most 1.3x GN's steps",
+        "about 1",
+        "prox_linear",
+        at_most=1.3,
+    ),
+    _batches_claim(
+        "At the middle and the largest batch GN-prox-linear takes at most 1.1x its steps without line search",
+        "none needed",
+        "prox_linear_no_search",
+        "prox_linear",
+        at_most=1.1,
+    ),
+    _batches_claim(
+        "At the middle and the largest batch GN takes at least 1.05x the steps without line search",
+        "needed for stability",
+        "gauss_newton_no_search",
         at_least=1.05,
     ),
     _batches_claim(

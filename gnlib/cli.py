@@ -11,7 +11,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from gnlib import bench as benchmark
 from gnlib import claims as claim_rows
@@ -27,7 +26,7 @@ from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import PROFILES, find_profile, run_config, tuning
 from gnlib.studies import STUDIES, check_possible, study_configs, tuned_settings
-from gnlib.study import StudyError, UnfinishedError, check_arguments, describe, expected, find, run_study, show_row
+from gnlib.study import StudyError, UnfinishedError, check_arguments, describe, expected, find, progress_bars, run_study
 from gnlib.sweep import sweep as sweep_studies
 from gnlib.train import check, pinned, run_folder
 from gnlib.train import train as train_run
@@ -94,8 +93,8 @@ def train(
     chosen = RunConfig.load(config).replace(changes) if config else run_config(profile, method, seed, changes)
     check(chosen)
     chosen = pinned(chosen, not quiet)  # what is wrong with the text is said before there is a bar
-    with tqdm(total=chosen.outer_steps, desc=describe(chosen), unit="step", disable=quiet) as bar:
-        record = train_run(chosen, on_row=lambda _, row: show_row(bar, row), keep_weights=keep_weights)
+    with progress_bars(chosen, quiet) as on_row:
+        record = train_run(chosen, on_row=on_row, keep_weights=keep_weights)
     last = record.rows[-1]
     where = run_folder(record.config)
     loss = "not finite" if last["val_loss"] is None else f"{last['val_loss']:.4f}"

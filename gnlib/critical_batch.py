@@ -48,8 +48,8 @@ class CriticalBatch:
         if math.isnan(self.mean):
             return "-"
         if self.bound or self.n == 1:
-            return f"{self.bound} {_tokens(self.mean)}".strip()
-        return f"{_tokens(self.mean)} ({_tokens(self.low)} to {_tokens(self.high)})"
+            return f"{self.bound} {in_tokens(self.mean)}".strip()
+        return f"{in_tokens(self.mean)} ({in_tokens(self.low)} to {in_tokens(self.high)})"
 
 
 def critical_batch(steps: Mapping[int, Crossing]) -> tuple[float, str]:
@@ -80,6 +80,11 @@ def critical(records: Sequence[Record], target: float) -> CriticalBatch:
     if any(math.isnan(value) for value, _ in found) or len(bounds) > 1:
         return CriticalBatch(math.nan, math.nan, math.nan, len(found))
     return _geometric([value for value, _ in found], "".join(bounds))
+
+
+def by_name(records: Sequence[Record], target: float) -> dict[str, CriticalBatch]:
+    """Method -> B*."""
+    return {name: critical(runs, target) for name, runs in by_method(records).items()}
 
 
 def _geometric(values: Sequence[float], bound: str = "") -> CriticalBatch:
@@ -113,13 +118,13 @@ def table(records: Sequence[Record], target: float) -> pd.DataFrame:
     """One row a method: B*, and the floor and the scale of the fit, each over the seeds."""
     import pandas as pd
 
-    rows = {}
+    rows, found = {}, by_name(records, target)
     for name, runs in by_method(records).items():
         seeds = sorted({record.config.seed for record in runs})
         fits = [fit([record for record in runs if record.config.seed == seed], target) for seed in seeds]
         rows[name] = {
             "n": len(seeds),
-            "B* (tokens)": str(critical(runs, target)),
+            "B* (tokens)": str(found[name]),
             "floor a (steps)": str(estimate([floor for floor, _ in fits])),
             "c / a (tokens)": _scale(fits),
         }
@@ -132,5 +137,6 @@ def _scale(fits: Sequence[tuple[float, float]]) -> str:
     return str(_geometric([slope / floor for floor, slope in fits])) if all(floor for floor, _ in fits) else "no floor"
 
 
-def _tokens(tokens: float) -> str:
+def in_tokens(tokens: float) -> str:
+    """Three digits and k or M, as in tables and figures."""
     return f"{tokens / 1e6:.3g} M" if tokens >= 1e6 else f"{tokens / 1e3:.3g} k"

@@ -134,15 +134,22 @@ def largest_batch(records: Sequence[Record]) -> list[Record]:
     return list(batches(records).values())[-1]
 
 
-def least_over_batches(measure: Measure, at_least: float) -> Measure:
-    """The measure at the batch that decides whether it is `at_least` so much at all of them: one where it is less, with
-    all of its interval; else nan if it is nan at one; else where its interval begins lowest."""
+def deciding_batch(measure: Measure, at_least: float | None = None, at_most: float | None = None) -> Measure:
+    """The measure at the batch that decides whether it is `at_least`, or `at_most`, so much at all of them.
+
+    One where it is not, with all of its interval; else nan if it is nan at one; else where its interval reaches
+    furthest to the bound's other side.
+    """
+
+    def furthest(found: Estimate) -> float:
+        low, high = found.interval
+        return low if at_most is None else -high
 
     def measured(groups: Groups, target: float) -> Estimate:
         found = [measure(_at(groups, batch), target) for batch in _sizes(groups)]
-        less = [one for one in found if one.within(at_least, None) is False]
+        refuted = [one for one in found if one.within(at_least, at_most) is False]
         unknown = [one for one in found if math.isnan(one.mean)]
-        return min(less or unknown or found, key=lambda one: one.interval[0])
+        return min(refuted or unknown or found, key=furthest)
 
     return measured
 

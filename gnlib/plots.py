@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gnlib.config import ConfigError
+from gnlib.critical_batch import EXCESS, CriticalBatch, in_tokens
 from gnlib.files import home, replacing
 from gnlib.methods import ALL_METHODS, METHODS
 from gnlib.tune import SEED
@@ -27,6 +28,8 @@ AXES = {
     "wall_s": "Seconds",
 }
 WIDTH = 5.5  # inches: one column
+LINE = 1.2  # its width, points
+MARKED = 24  # points of a line; more of them would fill the gaps of a dashed one
 LEGEND = 20  # characters of a label, three of which fit the width
 LOSS = "Validation loss (nats per token)"
 
@@ -47,12 +50,14 @@ def styles() -> dict[str, Style]:
 
     own, spare = colours(), sns.color_palette("colorblind")[6:]
     dashes = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
-    found: dict[str, Style] = {name: {"color": colour, "linestyle": dashes[0]} for name, colour in own.items()}
-    found[METHODS["prox_linear"].label]["linestyle"] = dashes[1]  # it lies on Gauss-Newton's line
+    solid = {"linestyle": dashes[0], "linewidth": LINE}
+    found: dict[str, Style] = {name: solid | {"color": colour} for name, colour in own.items()}
+    found[METHODS["prox_linear"].label]["linestyle"] = dashes[1]  # it lies on Gauss-Newton's line,
+    found[METHODS["gauss_newton"].label]["linewidth"] = 2 * LINE  # which shows below it and below its own variants
     for variant in VARIANTS.values():
         colour, dash = variant.line
         chosen = spare[colour] if isinstance(colour, int) else own[METHODS[colour or variant.base].label]
-        found[variant.label] = {"color": chosen, "linestyle": dashes[dash]}
+        found[variant.label] = solid | {"color": chosen, "linestyle": dashes[dash]}
     return found
 
 
@@ -77,9 +82,9 @@ def _order(labels: Sequence[str]) -> list[str]:
 
 def _seeds(frame: pd.DataFrame) -> str:
     if set(frame["seed"]) == {SEED}:
-        return "1 seed, the one of tuning"
+        return "1 data order, the one of tuning"
     n = frame.groupby("method")["seed"].nunique().max()
-    return "1 seed" if n == 1 else f"mean of {n} seeds, band: lowest to highest"
+    return "1 data order" if n == 1 else f"mean of {n} data orders, band: lowest to highest"
 
 
 def _check_axis(axis: str, allowed: Collection[str]) -> None:
@@ -87,50 +92,74 @@ def _check_axis(axis: str, allowed: Collection[str]) -> None:
         raise ConfigError(f"axis: no axis {axis!r}; allowed: {', '.join(allowed)}")
 
 
-def loss_curves(curves: pd.DataFrame, target: float, axis: str = "outer_step", title: str = "") -> Figure:
-    """Validation loss against `axis` (a key of AXES), one line a method, seeds as a band from lowest to highest."""
-    from matplotlib.ticker import EngFormatter
+def loss_curves(
+    curves: pd.DataFrame, target: float, axis: str = "outer_step", title: str = "", target_name: str = "target"
+) -> Figure:
+    """Validation loss against `axis` (a key of AXES), one line a method as far as all of its seeds went, and these as a
+    band from lowest to highest."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     _check_axis(axis, AXES)
     with _figure(title, _seeds(curves)) as (figure, axes):
         for name in _order(list(curves["method"].unique())):
-            by_step = curves[curves["method"] == name].groupby("outer_step")
+            by_step = _of_all_seeds(curves[curves["method"] == name])
             _band(axes, by_step[axis].mean(), by_step["val_loss"], name)
         axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
-        axes.text(1.01, target, f"target\n{target:g}", va="center", transform=axes.get_yaxis_transform())
+        axes.text(1.01, target, f"{target_name}\n{target:g}", va="center", transform=axes.get_yaxis_transform())
         axes.set(xlabel=AXES[axis], ylabel=LOSS)
         if axis in ("tokens", "flops"):
             axes.xaxis.set_major_formatter(EngFormatter())  # 20 M, not 0.2 beside a detached 1e8
+        if axis == "outer_step":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
+def _of_all_seeds(curves: pd.DataFrame) -> Any:
+    """One method's evaluations by outer step, while none of its runs has ended: a mean of fewer would jump."""
+    seeds = curves.groupby("outer_step")["seed"].transform("nunique")
+    return curves[seeds == seeds.max()].groupby("outer_step")
+
+
 def _band(axes: Axes, x: Any, values: Any, name: str) -> Any:
-    """Mean over the seeds that got as far; a run that ended early leaves the band. Returns the line's colour.
+    """The mean of each group over its lowest to highest; returns the line's colour.
 
     `values` are grouped, and `x` has one number a group.
     """
-    style = styles().get(name, {"color": "black"})
-    (line,) = axes.plot(x, values.mean(), label=name, marker="o", markersize=2.5, linewidth=1.2, **style)
+    mean = values.mean()
+    style, marker = styles().get(name, {"color": "black", "linewidth": LINE}), "o" if len(mean) <= MARKED else None
+    (line,) = axes.plot(x, mean, label=name, marker=marker, markersize=2.5, **style)
     axes.fill_between(x, values.min(), values.max(), color=line.get_color(), alpha=0.2, linewidth=0)
     return line.get_color()
 
 
-def cost_by_batch(reached: pd.DataFrame, axis: str = "outer_step", title: str = "") -> Figure:
+def cost_by_batch(
+    reached: pd.DataFrame,
+    axis: str = "outer_step",
+    title: str = "",
+    critical: Mapping[str, CriticalBatch] | None = None,
+) -> Figure:
     """Cost of the target on `axis` against the outer batch (`results.steps_to_target`), both logarithmic.
 
-    Dotted, for outer steps: perfect linear scaling from each method's smallest batch. Open triangles are lower bounds,
-    from batches at which a run ended above the target.
+    For outer steps, dotted: perfect linear scaling from each method's smallest batch, and a stroke where 1.2 times that
+    is the method's `critical` batch, if it is between two batches. Open triangles are lower bounds, from batches at
+    which a run ended above the target.
     """
     _check_axis(axis, AXES)
-    with _figure(title, _seeds(reached), height=4.0) as (figure, axes):
+    strokes = critical if critical and axis == "outer_step" else {}
+    with _figure(title, _seeds(reached) + ("; stroke: B*" if strokes else ""), height=4.0) as (figure, axes):
         for name in _order(list(reached["method"].unique())):
             by_batch = reached[reached["method"] == name].groupby("batch")
             mean, bounds = by_batch[axis].mean(), by_batch["censored"].any()
             colour = _band(axes, mean.index, by_batch[axis], name)
             axes.plot(mean[bounds], "^", color=colour, markersize=7, fillstyle="none")
+            work = mean.iloc[0] * mean.index[0]  # tokens, at the smallest batch
             if axis == "outer_step":
-                axes.plot(mean.index, mean.iloc[0] * mean.index[0] / mean.index, color=colour, lw=0.8, linestyle=":")
-        axes.set(yscale="log", ylabel=f"{AXES[axis]},\nto the target", ylim=(0.7 * reached[axis].min(), None))
+                axes.plot(mean.index, work / mean.index, color=colour, lw=0.8, linestyle=":")
+            if name in strokes and not strokes[name].bound:
+                place = strokes[name].mean
+                axes.plot([place], [EXCESS * work / place], "|", color=colour, markersize=14, markeredgewidth=1.5)
+        cost = "Outer steps to the target" if axis == "outer_step" else f"{AXES[axis]},\nto the target"
+        axes.set(yscale="log", ylabel=cost, ylim=(0.7 * reached[axis].min(), None))
         _batch_axis(axes, reached)
         if axis == "outer_step":
             _plain_ticks(axes.yaxis)
@@ -146,14 +175,14 @@ def ratios(table: pd.DataFrame, title: str = "") -> Figure:
 
     names, batches = _order(list(table["method"].unique())), sorted(table["batch"].unique())
     place, n = {name: -index for index, name in enumerate(names)}, table["n"].max()
-    note = "1 seed" if n == 1 else f"mean of {n} seeds, 95 % interval"
+    note = "1 data order" if n == 1 else f"mean of {n} data orders, 95 % interval"
     with _figure(title, note, height=1.6 + 0.26 * len(names)) as (figure, axes):
         for index, (batch, colour) in enumerate(zip(batches, sns.color_palette("colorblind"), strict=False)):
             own, shift = table[table["batch"] == batch], 0.3 * (index - (len(batches) - 1) / 2)
             for bound, marker in ((False, "o"), (True, ">")):
                 chosen = own[own["lower_bound"] == bound]
                 height = [place[name] - shift for name in chosen["method"]]
-                label = None if bound else f"batch of {_tokens(batch)} tokens"
+                label = None if bound else f"batch of {in_tokens(batch)} tokens"
                 style = {"color": colour, "fillstyle": "none" if bound else "full", "label": label}
                 halves = chosen["half_width"].fillna(0.0)
                 axes.errorbar(chosen["ratio"], height, None, halves, fmt=marker, markersize=5, elinewidth=1.2, **style)
@@ -163,15 +192,11 @@ def ratios(table: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def _tokens(count: int) -> str:
-    return f"{count / 1e6:.3g}M" if count >= 1e6 else f"{count / 1e3:.3g}k"
-
-
 def _batch_axis(axes: Axes, frame: pd.DataFrame) -> None:
     """Logarithmic, with a tick at each batch."""
     batches = sorted(frame["batch"].unique())
     axes.set(xscale="log", xlabel="Outer batch (tokens)")
-    axes.set_xticks(batches, [_tokens(batch) for batch in batches])
+    axes.set_xticks(batches, [in_tokens(batch) for batch in batches])
     axes.set_xticks([], minor=True)
 
 
@@ -186,22 +211,27 @@ def _plain_ticks(axis: Axis) -> None:
 
 def loss_by_batch(ends: pd.DataFrame, axis: str = "batch", title: str = "") -> Figure:
     """Final validation loss (`results.ends`) against the outer batch, or against what the runs cost on another axis."""
+    from matplotlib.ticker import EngFormatter
+
     _check_axis(axis, ("batch", *AXES))
     with _figure(title, _seeds(ends)) as (figure, axes):
         for name in _order(list(ends["method"].unique())):
             own = ends[ends["method"] == name]
             by_batch = own.groupby("batch")
             _band(axes, own[axis].groupby(own["batch"]).mean(), by_batch["final_loss"], name)
-        axes.set(xscale="log", ylabel=LOSS, xlabel=AXES.get(axis))
+        axes.set(ylabel=LOSS, xlabel=AXES.get(axis))
         if axis == "batch":
             _batch_axis(axes, ends)
+        else:
+            axes.xaxis.set_major_formatter(EngFormatter())
     return figure
 
 
 def sweeps(trials: pd.DataFrame, title: str = "") -> Figure:
     """Score against learning rate (`tables.trials`), one line an entry, over the score of the entry's best trial.
 
-    A cross at the top: no trial at this rate reached the target.
+    The score is the steps to the target; of runs at a fixed budget, their final loss. A cross at the top: no trial at
+    this rate reached the target.
     """
     with _figure(title, "best trial at each rate; cross: none reached the target", height=4.2) as (figure, axes):
         for name, own in trials.groupby("entry", sort=False):
@@ -209,10 +239,13 @@ def sweeps(trials: pd.DataFrame, title: str = "") -> Figure:
             best, missed = by_rate.dropna(), by_rate[by_rate.isna()]
             style = styles()[own["method"].iloc[0]]
             label = own["method"].iloc[0] + "".join(str(name).partition("@")[1:])
-            axes.plot(best.index, best, marker="o", markersize=2.5, linewidth=1.2, label=label, **style)
+            axes.plot(best.index, best, marker="o", markersize=2.5, label=label, **style)
             top = {"transform": axes.get_xaxis_transform(), "linestyle": "none", "marker": "x"}
-            axes.plot(missed.index, [0.96] * len(missed), **{**style, **top})
-        axes.set(xscale="log", xlabel="Learning rate", ylabel="Score / that of the tuned setting")
+            axes.plot(missed.index, [0.97] * len(missed), **{**style, **top})
+        budget = trials["entry"].str.endswith(":budget").all()
+        score = "Final loss / that" if budget else "Steps to target / those"
+        axes.set(xscale="log", xlabel="Learning rate", ylabel=f"{score} of the best")
+        axes.margins(y=0.1)  # no point is as high as the crosses
         _plain_ticks(axes.xaxis)
     return figure
 
@@ -225,7 +258,7 @@ def rates_by_batch(trials: pd.DataFrame, title: str = "") -> Figure:
     with _figure(title, "of the best trial") as (figure, axes):
         for name in _order(list(best["method"].unique())):
             own = best[best["method"] == name]
-            axes.plot(own["batch"], own["lr"], marker="o", markersize=3, linewidth=1.2, label=name, **styles()[name])
+            axes.plot(own["batch"], own["lr"], marker="o", markersize=3, label=name, **styles()[name])
         axes.set(yscale="log", ylabel="Tuned learning rate")
         _plain_ticks(axes.yaxis)
         _batch_axis(axes, best)
@@ -254,11 +287,11 @@ def curves_by_batch(curves: pd.DataFrame, target: float, title: str = "") -> Fig
         figure, row = plt.subplots(ncols=len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained")
         for axes, batch in zip(row[0], batches, strict=True):
             for name in names:
-                by_step = curves[(curves["method"] == name) & (curves["batch"] == batch)].groupby("outer_step")
+                by_step = _of_all_seeds(curves[(curves["method"] == name) & (curves["batch"] == batch)])
                 _band(axes, by_step["outer_step"].mean(), by_step["val_loss"], name)
             axes.axhline(target, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
             axes.set(xlabel=AXES["outer_step"])
-            axes.set_title(f"batch of {batch} tokens", fontsize="medium")
+            axes.set_title(f"batch of {in_tokens(batch)} tokens", fontsize="medium")
         row[0, 0].set(ylabel=LOSS)
         figure.legend(*row[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.suptitle(f"{title}, target {target:g}", fontsize="medium")
@@ -273,6 +306,7 @@ def step_parts(rows: Sequence[dict[str, Any]]) -> Figure:
 
     measured = [row for row in rows if "parts" in row]
     standard = {(row["size"], row["precision"]): row["ms"] for row in rows if row["method"] == "standard"}
+    tokens = in_tokens(measured[0]["tokens_per_s"] * measured[0]["ms"] / 1e3)
     with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
         figure, axes = plt.subplots(figsize=(WIDTH, 1.1 + 0.9 * len(measured)), layout="constrained")
         names = [f"{row['size']}, {row['precision']}" for row in measured]
@@ -285,7 +319,8 @@ def step_parts(rows: Sequence[dict[str, Any]]) -> Figure:
             axes.barh([f"GN, {name}" for name in names], width, left=left, color=colour, label=part)
             left = [before + ms for before, ms in zip(left, width, strict=True)]
         axes.invert_yaxis()
-        axes.set(xlabel="Milliseconds a step")
+        axes.set(xlabel="Milliseconds a standard step, or an inner step of GN")
+        axes.set_title(f"What a step costs: {measured[0]['device']}, {tokens} tokens a step", fontsize="medium")
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     plt.close(figure)
     return figure

@@ -16,7 +16,7 @@ from gnlib.profiles import find_profile, tuning
 from gnlib.results import Estimate, by_method
 from gnlib.studies import complete_settings, study_runs
 from gnlib.study import of_one_text
-from gnlib.tune import SEED
+from gnlib.tune import SEED, outdone
 from gnlib.variants import Setting, key, tunable
 
 NOT_RUN, UNDECIDED = "not run", "undecided"
@@ -122,9 +122,8 @@ class Question:
 def _marks(entries: Sequence[dict[str, Any]], rough: bool) -> str:
     """What has to be said of the tuning behind a row, from entries of tuned.json; `rough` if a variant runs with the
     settings of its method, or a run is of the data order that they were tuned on."""
-    outdone = any(entry["settings"].items() - entry["trials"][0].items() for entry in entries if "trials" in entry)
     rough = rough or not all(entry.get("interior") for entry in entries)
-    return (NOT_INTERIOR if rough else "") + (OUTDONE if outdone else "")
+    return (NOT_INTERIOR if rough else "") + (OUTDONE if any(outdone(entry) for entry in entries if entry) else "")
 
 
 class StepCost(Question):

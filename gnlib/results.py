@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from gnlib.config import CONJUGATE_GRADIENT
 from gnlib.methods import ALL_METHODS
 from gnlib.methods import label as method_label
 from gnlib.record import Record, Row
@@ -229,7 +230,7 @@ def settings(records: Sequence[Record]) -> pd.DataFrame:
             "outer steps": config.outer_steps,
             "inner steps": inner.steps,
             "optimiser": inner.optimizer,
-            "lr": inner.lr,
+            "lr": "" if inner.optimizer == CONJUGATE_GRADIENT else f"{inner.lr:g}",  # which has none
             "lr of AdamW part": "" if inner.adam_lr is None else f"{inner.adam_lr:g}",
             "warm-up": inner.warmup,
             "data": config.data.fingerprint,

@@ -136,7 +136,7 @@ def study_runs(
 def study_configs(
     name: str, profile: str, seeds: Sequence[int] | None = None, methods: Sequence[str] | None = None
 ) -> list[RunConfig]:
-    """Their configurations."""
+    """The configurations of a study's runs (`study_runs`)."""
     return [run.config for run in study_runs(name, profile, seeds, methods)]
 
 

@@ -13,7 +13,8 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -29,7 +30,7 @@ from gnlib.files import data_folder, home, replacing
 from gnlib.methods import label
 from gnlib.profiles import records_folder
 from gnlib.record import Record, Row
-from gnlib.train import PARENT, check, pinned, run_folder, start_config, train
+from gnlib.train import PARENT, OnRow, check, pinned, run_folder, start_config, train
 
 POLL_SECONDS = 0.2
 _STARTING, _INLINE = Lock(), Lock()
@@ -305,6 +306,25 @@ def _show(job: _Job) -> None:
     record = records.read(run_folder(job.config) / "record.jsonl")
     if record is not None and record.rows and record.rows[-1]["outer_step"] > job.bar.n:
         show_row(job.bar, record.rows[-1])
+
+
+@contextmanager
+def progress_bars(config: RunConfig, quiet: bool = False) -> Iterator[OnRow]:
+    """What `train` calls with its rows: a bar of the run, and one below it while its start is made."""
+    with ExitStack() as open_bars:
+
+        def opened(of: RunConfig, name: str, position: int) -> tqdm[None]:
+            below = {"position": position, "leave": position == 0, "disable": quiet}
+            return open_bars.enter_context(tqdm(total=of.outer_steps, desc=name, unit="step", **below))
+
+        bars = {config.run_id: opened(config, describe(config), 0)}
+
+        def on_row(of: RunConfig, row: Row) -> None:
+            if of.run_id not in bars:
+                bars[of.run_id] = opened(of, "the start of all runs", 1)
+            show_row(bars[of.run_id], row)
+
+        yield on_row
 
 
 def show_row(bar: tqdm[None], row: Row) -> None:

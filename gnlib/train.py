@@ -80,8 +80,9 @@ def train(
 ) -> Record:
     """Run a configuration to its end, or continue it, and return its record.
 
-    `on_row` is called with every new row. A checkpoint is written when `checkpoint_seconds` have passed since the
-    last one: a killed run loses at most that. Raises ConfigError before anything runs if the data do not fit.
+    `on_row` is called with every new row, and with those of the start if that has to be made first. A checkpoint is
+    written when `checkpoint_seconds` have passed since the last one: a killed run loses at most that. Raises
+    ConfigError before anything runs if the data do not fit.
     """
     check(config)
     config = pinned(config)
@@ -93,8 +94,8 @@ def train(
         if done is not None and done.ended and (not keep_weights or (folder / "weights.pt").exists()):
             return done
         ended = done if done is not None and done.ended else None  # its record stays: it runs again for its weights
-        run = _Run(config, device or default_device(), folder / "again" if ended else folder)
-        run.loop(on_row or (lambda config, row: None), checkpoint_seconds)
+        run = _Run(config, device or default_device(), folder / "again" if ended else folder, on_row)
+        run.loop(checkpoint_seconds)
         if keep_weights:
             _save(folder / "weights.pt", run.model.state_dict())
         if ended:
@@ -140,23 +141,24 @@ def _start_micro_batch(config: RunConfig) -> int:
     return next(size for size in range(min(batch, most), 0, -1) if batch % size == 0)
 
 
-def start_weights(config: RunConfig, device: torch.device) -> dict[str, Tensor] | None:
+def start_weights(config: RunConfig, device: torch.device, on_row: OnRow | None = None) -> dict[str, Tensor] | None:
     """Weights of the shared start checkpoint, made if missing; None for a start from the initialisation."""
     if config.start.chinchilla_fraction == 0:
         return None
     start = pinned(start_config(config))
-    train(start, device, keep_weights=True)
+    train(start, device, on_row, keep_weights=True)
     return dict(read_tensors(run_folder(start) / "weights.pt", device))
 
 
 class _Run:
     """One run's state: everything that a checkpoint holds."""
 
-    def __init__(self, config: RunConfig, device: torch.device, folder: Path) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, folder: Path, on_row: OnRow | None) -> None:
         self.config, self.device, self.folder = config, device, folder
+        self.on_row = on_row or (lambda config, row: None)
         files = prepare(config.data)
         self.model = Decoder.from_config(config).to(device)
-        weights = start_weights(config, device)  # may train, with settings of its own
+        weights = start_weights(config, device, on_row)  # may train, with settings of its own
         if weights is not None:
             self.model.load_state_dict(weights)
         if device.type == "cuda":  # what the start or a run before in this process took is not this run's
@@ -179,17 +181,17 @@ class _Run:
         self.record = Record(config, records.environment(device))
         self._resume()
 
-    def loop(self, on_row: OnRow, checkpoint_seconds: float) -> None:
+    def loop(self, checkpoint_seconds: float) -> None:
         every, last = self.config.evaluation.every, self.config.outer_steps
         if not self.record.rows:
-            self._append(self._row(None), on_row)
+            self._append(self._row(None))
         saved = time.monotonic()
         while self.method.done < last and not self._diverged() and not self._reached():
             if _orphaned():
                 raise KeyboardInterrupt
             info = self._timed_step()
             if self.method.done % every == 0 or self.method.done == last or not math.isfinite(info.train_loss):
-                self._append(self._row(info), on_row)
+                self._append(self._row(info))
             if time.monotonic() - saved > checkpoint_seconds:
                 _save(self.folder / "checkpoint.pt", self._state())
                 saved = time.monotonic()
@@ -242,13 +244,13 @@ class _Run:
         loss, stop = self.record.rows[-1]["val_loss"], self.config.evaluation.stop_below
         return stop is not None and loss is not None and loss <= stop
 
-    def _append(self, row: Row, on_row: OnRow) -> None:
+    def _append(self, row: Row) -> None:
         self.record.rows.append(row)
         if len(self.record.rows) == 1:
             records.write(self.folder / "record.jsonl", self.record)
         else:
             records.append(self.folder / "record.jsonl", row)
-        on_row(self.config, row)
+        self.on_row(self.config, row)
 
     def _state(self) -> dict[str, Any]:
         return {

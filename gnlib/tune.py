@@ -277,6 +277,19 @@ def entry_of(axes: list[Axis], trials: Trials) -> dict[str, Any]:
     return {"settings": _settings(axes, _best(trials)), "interior": interior, "trials": [row(p) for p in ordered]}
 
 
+def outdone(entry: dict[str, Any]) -> bool:
+    """Whether a better setting than the one in use was tried since; a longer run that gains less than 0.5 % is none."""
+    used, trials = entry["settings"], entry.get("trials")
+    if not trials or used.items() <= trials[0].items():
+        return False
+    best, length = trials[0], "outer_steps"
+    if not used.items() - best.items() <= {(length, used.get(length))} or best[length] < used[length]:
+        return True
+    own = next((trial for trial in trials if used.items() <= trial.items()), {})
+    steps, fewer = own.get("steps_to_target"), best["steps_to_target"]
+    return steps is None or fewer is None or steps > (1 + SATURATED) * fewer
+
+
 def told(entry: dict[str, Any]) -> str:
     """An entry in a line."""
     where = "interior" if entry["interior"] else "NOT interior"

@@ -35,9 +35,9 @@ def _scheduled(label: str, name: str, colour: int) -> Variant:
     return Variant(f"GN, {label}", "gauss_newton", {"method.inner.schedule": name}, tuned=False, line=(colour, 0))
 
 
-def _searching(method: str) -> Variant:
-    label = f"{METHODS[method].label} with line search"
-    return Variant(label, method, {"method.line_search": {}, "method.line_search.fraction": 0.25}, tuned=False)
+def _searching(method: str, colour: int) -> Variant:
+    label, own = f"{METHODS[method].label} with line search", {"method.line_search.fraction": 0.25}
+    return Variant(label, method, {"method.line_search": {}} | own, tuned=False, line=(colour, 1))
 
 
 def _search(label: str, colour: int, **changes: object) -> Variant:
@@ -77,9 +77,9 @@ VARIANTS: dict[str, Variant] = {
     "cold_start": Variant(
         "GN, no warm start", "gauss_newton", {"method.inner.warm_start": False}, tuned=False, line=("", 2)
     ),
-    "muon_search": _searching("muon"),
-    "soap_search": _searching("soap"),
-    "adamw_search": _searching("adamw"),
+    "muon_search": _searching("muon", 0),
+    "soap_search": _searching("soap", 1),
+    "adamw_search": _searching("adamw", 3),
     "inner_adamw": _solved_by("AdamW", "adamw", ("adamw", 1), lr=0.01),
     "inner_soap": _solved_by("SOAP", "soap", ("soap", 1), lr=0.01, options={"precondition_frequency": 10}),
     "inner_cg": _solved_by(
@@ -90,8 +90,8 @@ VARIANTS: dict[str, Variant] = {
         schedule="constant",
         options={"damping": 0.01, "fraction": 1 / 16},  # of the outer batch for products, which are 64 a step
     ),
-    "quarter_n": Variant("GN, N / 4", "gauss_newton", tuned=False, inner_steps=0.25, line=("", 2)),
-    "half_n": Variant("GN, N / 2", "gauss_newton", tuned=False, inner_steps=0.5, line=("", 3)),
+    "quarter_n": Variant("GN, N / 4", "gauss_newton", tuned=False, inner_steps=0.25, line=(0, 2)),
+    "half_n": Variant("GN, N / 2", "gauss_newton", tuned=False, inner_steps=0.5, line=(3, 3)),
     "double_n": Variant("GN, 2 N", "gauss_newton", tuned=False, inner_steps=2.0),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -300,6 +301,12 @@ def test_values_are_read_as_json_or_python_writes_them(text: str, value: object)
 
 def test_train_shows_progress_unless_quiet(gnlib: Call) -> None:
     assert "1/1" in gnlib("train", *SHORT)[2]
+
+
+def test_train_shows_that_the_start_is_made_where_it_is_missing(gnlib: Call) -> None:
+    short = ("--profile", "tiny", "--method", "adamw", "--set", "start.chinchilla_fraction=0.001")
+    assert re.search(r"the start of all runs: .* 0/3 ", gnlib("train", *short, "--set", "outer_steps=1")[2])
+    assert "start" not in gnlib("train", *short, "--set", "outer_steps=2")[2]  # it is there
 
 
 def test_a_configuration_file_is_the_run_it_describes(gnlib: Call, home: Path, tmp_path: Path) -> None:

@@ -196,38 +196,49 @@ def test_the_middle_of_two_batches_is_the_larger_as_in_the_studies() -> None:
 RATIOS = {"wide": ((4, 5), (4, 9)), "one and a half": ((4, 6), (4, 6)), "one": ((4, 4), (4, 4))}  # GN's, Muon's
 
 
-def least(small: str, large: str) -> Estimate:
-    """Over a batch of 16 and one of 64 sequences, for a claim of at least 1.2."""
+def decided(small: str, large: str, **bounds: float) -> Estimate:
+    """Over a batch of 16 and one of 64 sequences."""
     records = [
         run(name, count, seed, batch)
         for batch, ratios in ((16, small), (64, large))
         for seed, counts in enumerate(RATIOS[ratios])
         for name, count in zip(("gauss_newton", "muon"), counts, strict=True)
     ]
-    return measures.least_over_batches(measures.step_ratio("muon"), 1.2)(by_method(records), TARGET)
+    return measures.deciding_batch(measures.step_ratio("muon"), **bounds)(by_method(records), TARGET)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_the_least_over_batches_is_where_the_interval_begins_lowest(swapped: bool) -> None:
+def test_the_batch_that_decides_what_is_at_least_so_much_is_where_the_interval_begins_lowest(swapped: bool) -> None:
     """A mean of 1.75 from 1.25 and 2.25 reaches further down than 1.5 does."""
     names = ("wide", "one and a half")
-    assert least(*names[:: -1 if swapped else 1]).mean == pytest.approx(1.75)
+    assert decided(*names[:: -1 if swapped else 1], at_least=1.2).mean == pytest.approx(1.75)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_the_least_over_batches_is_where_the_claim_is_refuted_if_it_is(swapped: bool) -> None:
+def test_the_batch_that_decides_what_is_at_most_so_much_is_where_it_is_most(swapped: bool) -> None:
+    """Where the interval ends highest; where even its lower end is above the bound, whatever ends higher."""
+    order = -1 if swapped else 1
+    assert decided(*("wide", "one and a half")[::order], at_most=2.0).mean == pytest.approx(1.75)
+    assert decided(*("one", "one and a half")[::order], at_most=2.0).mean == pytest.approx(1.5)
+    assert decided(*("wide", "one and a half")[::order], at_most=1.4).mean == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_batch_that_decides_is_where_the_claim_is_refuted_if_it_is(swapped: bool) -> None:
     """However far down the interval at another batch reaches."""
     names = ("wide", "one")
-    assert least(*names[:: -1 if swapped else 1]).mean == pytest.approx(1.0)
+    assert decided(*names[:: -1 if swapped else 1], at_least=1.2).mean == pytest.approx(1.0)
 
 
-def test_the_least_over_batches_may_be_a_lower_bound_and_is_none_where_one_is_missing() -> None:
+def test_the_figure_of_the_batch_that_decides_may_be_a_lower_bound_and_is_none_where_one_is_missing() -> None:
     small = [run("gauss_newton", 4, batch=16), run("muon", 8, batch=16)]
     large = [run("gauss_newton", 4, batch=64), *ended_above([run("muon", 6, batch=64)], 64)]
-    measure = measures.least_over_batches(measures.step_ratio("muon"), 1.2)
+    measure = measures.deciding_batch(measures.step_ratio("muon"), 1.2)
     found = measure(groups(small, large), TARGET)
     assert (found.mean, found.censored) == (pytest.approx(1.5), 1)
     lost = [*ended_above([run("gauss_newton", 4, batch=64)], 64), run("muon", 6, batch=64)]
     assert math.isnan(measure(groups(small, lost), TARGET).mean)
     refuted = [run("gauss_newton", 4, batch=16), run("muon", 4, batch=16)]
     assert measure(groups(refuted, lost), TARGET).mean == pytest.approx(1.0)
+    close = measures.deciding_batch(measures.step_ratio("muon"), at_most=2.0)(groups(small, large), TARGET)
+    assert (close.mean, close.censored) == (pytest.approx(1.5), 1)  # not the 2 of the other batch: it may be more

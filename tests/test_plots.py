@@ -11,6 +11,7 @@ from test_results import made
 
 from gnlib import plots, results
 from gnlib.config import ConfigError
+from gnlib.critical_batch import CriticalBatch
 from gnlib.methods import ALL_METHODS, METHODS
 from gnlib.studies import STUDIES
 from gnlib.variants import VARIANTS, find_setting
@@ -78,6 +79,42 @@ def test_the_scaling_line_starts_at_the_smallest_batch_and_bounds_are_marked() -
     assert len(tokens.lines) == 2  # linear scaling is a statement about steps
 
 
+def test_a_stroke_marks_a_critical_batch_between_two_batches_on_1_2_times_the_scaling_line() -> None:
+    reached = results.steps_to_target(batches(), TARGET)
+    inside, beyond = CriticalBatch(512.0, 500.0, 520.0, 3), CriticalBatch(4096.0, 4096.0, 4096.0, 3, "above")
+    (axes,) = plots.cost_by_batch(reached, critical={"Muon": inside}).axes
+    curve, _, ideal, stroke = axes.lines
+    assert list(stroke.get_xdata()) == [512.0] and stroke.get_color() == curve.get_color()
+    assert list(stroke.get_ydata()) == pytest.approx([1.2 * ideal.get_ydata()[0] / 2])  # twice the smallest batch
+    for axis, critical in (("outer_step", {"Muon": beyond}), ("tokens", {"Muon": inside})):
+        (axes,) = plots.cost_by_batch(reached, axis, critical=critical).axes
+        assert "|" not in [line.get_marker() for line in axes.lines]
+
+
+def test_the_mean_ends_where_the_first_of_the_runs_does() -> None:
+    """Beyond that it would be a mean of fewer, and jump."""
+    curves = results.curves([made("muon", [5.0, 4.5, 4.0], seed=1), made("muon", [5.0, 4.3], seed=2)])
+    drawn = lines(plots.loss_curves(curves, TARGET))["Muon"]
+    assert list(drawn.get_xdata()) == [0, 1] and list(drawn.get_ydata()) == pytest.approx([5.0, 4.4])
+
+
+def test_a_line_of_many_points_has_no_markers_which_would_fill_its_gaps() -> None:
+    for count, marker in ((plots.MARKED, "o"), (plots.MARKED + 1, "None")):
+        curves = results.curves([made("muon", [5.0] * count)])
+        assert lines(plots.loss_curves(curves, TARGET))["Muon"].get_marker() == marker
+
+
+def test_a_rate_that_never_reached_the_target_is_a_cross_above_every_point() -> None:
+    rows = [("muon", 0.1, 1.0), ("muon", 0.4, 3.0), ("muon", 0.2, None)]
+    for suffix, label in (("", "Steps to target"), (":budget", "Final loss")):
+        trials = pd.DataFrame(rows, columns=["entry", "lr", "excess"]).assign(method="Muon")
+        (axes,) = plots.sweeps(trials.assign(entry=trials["entry"] + suffix)).axes
+        (cross,) = [line for line in axes.lines if line.get_marker() == "x"]
+        low, high = axes.get_ylim()
+        assert list(cross.get_xdata()) == [0.2] and cross.get_ydata()[0] > (3.0 - low) / (high - low)
+        assert axes.get_ylabel().startswith(label)
+
+
 @pytest.mark.parametrize(("axis", "x"), [("batch", [256, 1024, 4096]), ("tokens", [2000, 2000, 2000])])
 def test_the_loss_at_a_budget_is_drawn_against_the_batch_or_what_it_cost(axis: str, x: list[int]) -> None:
     found = lines(plots.loss_by_batch(results.ends(batches()), axis))["Muon"]
@@ -126,8 +163,8 @@ def test_ratios_stand_beside_their_methods_a_colour_a_batch_and_bounds_are_open(
     above, below, alone = (points[x].get_ydata()[0] for x in (1.5, 2.0, 4.0))
     assert place["AdamW"] < place["Muon"] and abs(alone - place["AdamW"]) < 0.3
     assert 0.05 < above - place["Muon"] < 0.3 and 0.05 < place["Muon"] - below < 0.3
-    assert [1, 1] in [list(line.get_xdata()) for line in axes.lines] and "mean of 3 seeds" in axes.get_title()
-    assert axes.get_legend_handles_labels()[1] == ["batch of 0.256k tokens", "batch of 1.02k tokens"]
+    assert [1, 1] in [list(line.get_xdata()) for line in axes.lines] and "mean of 3 data orders" in axes.get_title()
+    assert axes.get_legend_handles_labels()[1] == ["batch of 0.256 k tokens", "batch of 1.02 k tokens"]
     (axes,) = plots.ratios(table[table["batch"] == 256].assign(n=1), "title").axes
     [[point, *_]] = [bars for bars in axes.containers if len(bars[0].get_xdata())]
-    assert point.get_ydata()[0] == axes.get_yticks()[0] and axes.get_title().endswith("\n1 seed")
+    assert point.get_ydata()[0] == axes.get_yticks()[0] and axes.get_title().endswith("\n1 data order")

@@ -545,6 +545,16 @@ def test_another_seed_gives_other_losses_from_the_same_start() -> None:
     assert first[0]["val_loss"] == second[0]["val_loss"] and first[1]["val_loss"] != second[1]["val_loss"]
 
 
+def test_rows_of_the_start_are_told_too_where_it_has_to_be_made() -> None:
+    config = pinned(run_config("tiny", "adamw", changes={"start.chinchilla_fraction": 0.001, "outer_steps": 1}))
+    seen: list[tuple[str, int]] = []
+    for seed in (0, 1):
+        run(config.replace({"seed": seed}), on_row=lambda of, row: seen.append((of.run_id, row["outer_step"])))
+    start = pinned(start_config(config))
+    made, own = [step for name, step in seen if name == start.run_id], [s for n, s in seen if n != start.run_id]
+    assert made == list(range(start.outer_steps + 1)) and own == [0, 1, 0, 1]
+
+
 def test_the_record_of_a_run_stays_while_it_runs_again_for_its_weights() -> None:
     config = pinned(cold("adamw"))
     done = run(config)

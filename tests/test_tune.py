@@ -293,6 +293,27 @@ def test_trials_of_another_text_end_the_search_before_it_trains_and_fresh_leaves
     assert {(named["fresh"], named["allow_run"]) for named in asked} == {(True, True)}
 
 
+@pytest.mark.parametrize(
+    ("better", "expected"),
+    [
+        ({"method.inner.lr": 0.2, "outer_steps": 12, "steps_to_target": 10.0}, True),
+        ({"method.inner.lr": 0.1, "outer_steps": 16, "steps_to_target": 9.96}, False),  # 0.4 % fewer, in a longer run
+        ({"method.inner.lr": 0.1, "outer_steps": 16, "steps_to_target": 9.94}, True),
+        ({"method.inner.lr": 0.1, "outer_steps": 8, "steps_to_target": 9.96}, True),
+        ({"method.inner.lr": 0.2, "outer_steps": 16, "steps_to_target": 9.96}, True),
+        ({"method.inner.lr": 0.1, "outer_steps": 16, "steps_to_target": None}, True),  # by the loss alone
+    ],
+)
+def test_a_setting_is_outdone_by_a_better_one_but_not_by_a_longer_run_that_gains_hardly_anything(
+    better: dict[str, Any], expected: bool
+) -> None:
+    used = {"method.inner.lr": 0.1, "outer_steps": 12}
+    trials = [better, used | {"steps_to_target": 10.0}]
+    assert tuning.outdone({"settings": used, "interior": True, "trials": trials}) is expected
+    assert not tuning.outdone({"settings": used, "interior": True, "trials": trials[::-1]})
+    assert not tuning.outdone({"settings": used, "interior": True})
+
+
 def test_the_profiles_cap_closes_no_axis_but_that_of_its_length() -> None:
     """A higher learning rate was not tried, and the next lower one is as good within half a per cent."""
     axes, config = [tuning.geometric("method.inner.lr", 0.01)], run_config("laptop", "adamw")
