@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,11 +16,10 @@ from gnlib import bench, compare, readme, results, tables
 from gnlib.blocks import partition
 from gnlib.files import home
 from gnlib.flops import gradient_units
-from gnlib.measures import largest_batch
 from gnlib.model import shapes_only
 from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
-from gnlib.studies import study_records, study_runs
+from gnlib.studies import existing_records, study_records, study_runs
 from gnlib.study import StudyError
 
 Table = Callable[[list[Record], float], Any]  # records, target -> the table behind the figure
@@ -131,7 +131,8 @@ def test_without_one_of_its_records_a_notebook_leaves_the_setting_out_or_fails_i
     exec(cell(path, "parameters") + "\n" + cell(path, "imports"), names)
     exec(cell(path, "study"), names)
     profile, before = str(names["profile"]), names["records"]
-    lost = before[-1].config.recipe_id
+    larger = find_profile(profile).larger  # where some may be missing whatever is asked for
+    lost = [record for record in before if record.config.outer_batch not in larger][-1].config.recipe_id
     setting = next(run.setting for run in study_runs(study, profile) if run.config.recipe_id == lost)
     (tmp_path / "data" / "records" / profile / f"{lost}.jsonl").unlink()
     exec(cell(path, "study"), names)
@@ -191,15 +192,36 @@ def _without_first_step(soap: list[Record], newton: list[Record], target: float)
     return results.estimate([(own - 1) / its for own, its in zip(*steps, strict=True)])
 
 
-def test_what_the_readme_says_of_the_largest_batch_is_that_of_the_shipped_records() -> None:
-    names = ["gauss_newton", "layerwise", "soap", "muon"]
-    records = study_records("critical_batch_size", "h200", methods=names, allow_run=False)
-    groups, target = results.by_method(largest_batch(records)), find_profile("h200").target
-    ratios = {name: results.ratio(runs, groups["GN"], target, lambda c: c.steps) for name, runs in groups.items()}
-    without = _without_first_step(groups["SOAP"], groups["GN"], target)
-    text = " ".join((home() / "README.md").read_text(encoding="utf-8").split())
-    said = f"SOAP needs {ratios['SOAP']} times GN's 2.3 steps ({without} without its first, see below), Muon "
-    assert f"{said}{ratios['Muon']}, layerwise GN {ratios['Layerwise GN']}" in text
+def readme_rows(header: str) -> dict[str, list[str]]:
+    """First cell -> the others, of the README's table that begins so, without daggers and what is in brackets."""
+    _, found, after = (home() / "README.md").read_text(encoding="utf-8").partition(header)
+    assert found
+    rows = [line.strip().strip("|").split("|") for line in after.split("\n\n")[0].splitlines()[2:]]
+    return {first.strip(): [re.split(r"†|\(", cell)[0].strip() for cell in rest] for first, *rest in rows}
+
+
+def test_what_the_readme_says_of_larger_batches_is_that_of_the_shipped_records() -> None:
+    batches, target = results.batches(existing_records("critical_batch_size", "h200")), find_profile("h200").target
+    found: dict[str, list[str]] = {}
+    for batch in (4096, 16384, 65536):
+        groups = results.by_method(batches[batch])
+        for name in ("SOAP", "Muon", "AdamW", "Layerwise GN"):
+            runs = groups.get(name)
+            steps = str(results.ratio(runs, groups["GN"], target, lambda c: c.steps)) if runs else "not run"
+            found.setdefault(name, []).append(steps)
+    assert readme_rows("| steps / GN's | 2.1 M | 8.4 M | 33.5 M |") == found
+
+
+def test_what_the_readme_says_of_the_fixed_budget_is_that_of_the_shipped_records() -> None:
+    records = existing_records("fixed_budget", "h200")
+    leads = tables.leads(records)["GN's lead"]
+    said = readme_rows("| batch (tokens) | GN | Muon | SOAP | AdamW | GN's lead |")
+    for (batch, runs), row in zip(results.batches(records).items(), said.values(), strict=True):
+        groups = results.by_method(runs)
+        for name, cell in zip(("GN", "Muon", "SOAP", "AdamW"), row, strict=False):
+            if name in groups:
+                assert cell == f"{tables.mean_loss(groups[name]).mean:.2f}", (batch, name)
+        assert row[-1].split(" over")[0] in str(leads[runs[0].config.outer_batch_tokens])
 
 
 def test_what_the_readme_says_of_layerwise_in_products_is_what_the_code_counts() -> None:
