@@ -71,6 +71,7 @@ STUDIES: dict[str, Study] = {
             "muon_search",
         )
     ),
+    "step_lengths": Study(("gauss_newton", "ten_lengths", "layerwise", "layerwise_ten_lengths"), "all"),
     "inner_solver": Study(("gauss_newton", "inner_adamw", "inner_soap", "inner_cg", "quarter_n", "half_n", "double_n")),
     "variants": Study(
         (
