@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from gnlib.line_search import move
 
 
 class Average:
@@ -35,20 +37,14 @@ class Average:
             return
         kept = {name: p.detach().clone() for name, p in model.named_parameters()}
         correction = 1 - self.factor**self.steps
-        _fill(model, {name: total / correction for name, total in self.sums.items()})
+        move(model, {}, {name: total / correction for name, total in self.sums.items()}, 1.0)
         try:
             yield
         finally:
-            _fill(model, kept)
+            move(model, {}, kept, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "sums": self.sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.sums = state["steps"], state["sums"]
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, values: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(values[name])

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import nn
 
-from gnlib.model import Decoder
+from gnlib.model import has_own_layers
 
 Block = list[str]  # names of parameters
 
@@ -28,7 +28,7 @@ def partition(model: nn.Module, kind: Literal["full", "layerwise", "matrix"]) ->
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if kind == "full":
         return [names]
-    layers = model.layers() if isinstance(model, Decoder) else _layers(model)
+    layers = model.layers() if has_own_layers(model) else _layers(model)
     trainable = [[name for name in layer if name in set(names)] for layer in layers]
     blocks = [layer for layer in trainable if layer]
     return blocks if kind == "layerwise" else [part for layer in blocks for part in _matrices(model, layer)]
@@ -68,7 +68,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
     Of a foreign module, the last nn.Linear counts as its head.
     """
-    if isinstance(model, Decoder):
+    if has_own_layers(model):
         return set(model.hidden_matrices())
     excluded = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gnlib.blocks import Block
 from gnlib.config import ConfigError, MethodConfig
-from gnlib.linearise import Parameters, linearise
+from gnlib.linearise import Parameters, linearise, outputs_of
 from gnlib.losses import ConvexLoss
 from gnlib.objective import TrueLoss, curvature_product
 
@@ -136,7 +136,7 @@ class HessianFree:
     @torch.no_grad()
     def _loss(self, point: dict[str, Tensor], batches: Batches) -> float:
         values = [
-            self.loss.value(torch.func.functional_call(self.model, point, (inputs,)), targets)
+            self.loss.value(outputs_of(self.model, inputs, point), targets)
             for inputs, targets in batches
         ]
         return torch.stack(values).double().mean().item()

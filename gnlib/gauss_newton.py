@@ -86,8 +86,8 @@ class GaussNewton:
             raise ConfigError(f"inner: an optimiser's name or a gnlib.InnerConfig, got {type(inner).__name__}")
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ConfigError(f"accumulate: {accumulate!r}; a whole number of batches, at least 1")
-        if outer_steps is not None and outer_steps < 1:
-            raise ConfigError(f"outer_steps: {outer_steps}; at least 1, or None")
+        if outer_steps is not None and not (type(outer_steps) is int and outer_steps > 0):
+            raise ConfigError(f"outer_steps: {outer_steps!r}; a whole number, at least 1, or None")
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError("model: it has no trainable parameter")
         if isinstance(inner, str):
@@ -123,6 +123,10 @@ class GaussNewton:
         it is, so one endless iterator may serve all steps; a list must have just as many. Batches weigh the same,
         whatever their size, and go to the model's device. If ConfigError is raised, the model is as it was.
         """
+        with torch.enable_grad():
+            return self._step(batches, search)
+
+    def _step(self, batches: Iterable[Batch], search: Iterable[Batch] | None) -> StepInfo:
         if self.outer_steps is not None and self.outer.done >= self.outer_steps:
             raise ConfigError(f"outer_steps: all {self.outer_steps} steps of the schedule have been taken")
         solving, searching = self.batches_per_step
@@ -130,6 +134,8 @@ class GaussNewton:
             taken = _take(batches, solving + searching, f"{solving} to solve, {searching} for the line search")
         else:
             taken = _take(batches, solving, "to solve") + _take(search, searching, "for the line search")
+        if type(self.loss) is CrossEntropy:
+            _check_padding(taken)
         stream = _Batches(taken, self.outer.device)
         self._check_model(*stream.peek())
         return self.outer.step(stream)
@@ -257,16 +263,20 @@ def _check_batch(batch: Any) -> None:
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
     if not (pair and all(isinstance(part, Tensor) for part in batch)):
         raise ConfigError(f"batches: each must be a pair of tensors (inputs, targets), got {type(batch).__name__}")
-    inputs, targets = batch
-    if not inputs.numel():
+    if not batch[0].numel():
         raise ConfigError("batches: one is empty")
-    if not targets.is_floating_point() and targets.numel() and targets.min() < 0:
+
+
+def _check_padding(batches: list[Batch]) -> None:
+    if any(targets.numel() and targets.min() < 0 for _, targets in batches):
         raise ConfigError("batches: negative class indices (padding) cannot be targets; cut the sequences instead")
 
 
 def _scheduled(inner: InnerConfig, outer_steps: int | None) -> InnerConfig:
     """With a schedule that fits what is known, unless it has one of its own."""
     known = outer_steps is not None
+    if "schedule" not in inner.model_fields_set and inner.optimizer == "schedule_free":
+        return inner.model_copy(update={"schedule": "constant"})  # it takes no other
     if "schedule" not in inner.model_fields_set:
         return inner.model_copy(update={"schedule": "global_cosine" if known else "constant_inner_cosine"})
     if inner.schedule.startswith("global") and not known:
@@ -274,10 +284,14 @@ def _scheduled(inner: InnerConfig, outer_steps: int | None) -> InnerConfig:
     return inner
 
 
+def _said(loss: Any) -> str:
+    return f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
+
+
 def _find_loss(loss: str | ConvexLoss) -> ConvexLoss:
     if not isinstance(loss, str):
-        if not all(hasattr(loss, name) for name in ("value", "gradient", "hessian_product")):
-            raise ConfigError(f"loss: {', '.join(LOSSES)} or a ConvexLoss object, got {type(loss).__name__}")
+        if isinstance(loss, type) or not all(hasattr(loss, name) for name in ("value", "gradient", "hessian_product")):
+            raise ConfigError(f"loss: {', '.join(LOSSES)} or a ConvexLoss object, got {_said(loss)}")
         return loss
     if loss not in LOSSES:
         near = difflib.get_close_matches(loss, LOSSES) or list(LOSSES)

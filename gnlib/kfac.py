@@ -129,17 +129,24 @@ class _Layers:
 
     def _pairs(self) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:
         """Of each micro-batch, its positions and by layer a [positions, in] and g [positions, out]."""
-        seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        uses: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {module: [] for module in self.modules}
 
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[module] = inputs[0].detach(), output
+            uses[module].append((inputs[0].detach().flatten(0, -2), output))  # more than one where weights are shared
 
         with ExitStack() as stack:
             for module in self.modules:
                 stack.callback(module.register_forward_hook(keep).remove)
             stack.enter_context(torch.enable_grad())
             for value, count in self.sampled.values(self.seed):
-                inputs, outputs = zip(*(seen[module] for module in self.modules), strict=True)
-                gradients = torch.autograd.grad(count * value, outputs)
-                pairs = [(a.flatten(0, -2), g.flatten(0, -2)) for a, g in zip(inputs, gradients, strict=True)]
-                yield count, dict(zip(self.names, pairs, strict=True))
+                for name, module in zip(self.names, self.modules, strict=True):
+                    if not uses[module]:
+                        raise ConfigError(f"method.inner.optimizer: kfac; the forward pass does not use {name}")
+                outputs = [output for module in self.modules for _, output in uses[module]]
+                gradients = iter(torch.autograd.grad(count * value, outputs))
+                pairs = {}
+                for name, module in zip(self.names, self.modules, strict=True):
+                    inputs = [a for a, _ in uses[module]]
+                    pairs[name] = torch.cat(inputs), torch.cat([next(gradients).flatten(0, -2) for _ in inputs])
+                    uses[module].clear()
+                yield count, pairs

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gnlib import head, pullbacks, tangents
 from gnlib.flops import gradient_units
 from gnlib.head import Expansion
-from gnlib.model import Block, BlockTape, Decoder
+from gnlib.model import Block, BlockTape, Decoder, is_plain
 from gnlib.precision import compiled_once
 from gnlib.pullbacks import Attention
 
@@ -36,7 +36,7 @@ def outputs_of(model: nn.Module, inputs: Tensor, parameters: Parameters | None =
 
 def linearise(model: nn.Module, inputs: Tensor, compiled: bool = False) -> Linearisation:
     """`model` at its parameters and `inputs`; the fast implementation where the model has one."""
-    if isinstance(model, Decoder):
+    if is_plain(model):
         return DecoderLinearisation(model, inputs, compiled)
     return Linearisation(model, inputs)
 
@@ -65,12 +65,14 @@ class Linearisation:
         return self._gradients(self.outputs, cotangent, names, keep=True)
 
     def _gradients(self, of: Tensor, cotangent: Tensor, names: Sequence[str], keep: bool) -> dict[str, Tensor]:
-        """The last pullback need not keep the graph, whose memory is freed as it goes."""
+        """Of a parameter that the outputs do not depend on: zero. The last pullback need not keep the graph, whose
+        memory is freed as it goes."""
         if not names:
             return {}
         parameters = dict(self.model.named_parameters())
         chosen = [parameters[name] for name in names]
-        gradients = torch.autograd.grad(of, chosen, cotangent.view_as(of).to(of.dtype), retain_graph=keep)
+        u = cotangent.view_as(of).to(of.dtype)
+        gradients = torch.autograd.grad(of, chosen, u, retain_graph=keep, materialize_grads=True)
         return dict(zip(names, gradients, strict=True))
 
     def derivatives(

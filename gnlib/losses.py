@@ -16,7 +16,11 @@ from gnlib.precision import triton_takes
 
 
 class ConvexLoss(Protocol):
-    """What `gnlib.objective` needs of a loss L(z, y), convex in z. Implement the three for a loss of your own."""
+    """What `gnlib.objective` needs of a loss L(z, y), convex in z. Implement the three for a loss of your own.
+
+    z are the model's outputs and y the targets, as the model and the batches have them; those of a `gnlib.Decoder` may
+    come as [B, S, V] and [B, S] or flattened, [T, V] and [T]. So L is a mean over predictions, in any order.
+    """
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         """L(z, y), a scalar."""

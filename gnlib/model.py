@@ -7,7 +7,7 @@ H heads, K = D/H, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +175,30 @@ class Decoder(nn.Module):
     def attention_flops(self) -> float:
         """Of one sequence's attention, at its causal half: 2 products x S^2/2 x D x 2."""
         return 2.0 * self.sequence_length**2 * self.embedding.embedding_dim
+
+
+def has_own_layers(model: nn.Module) -> TypeGuard[Decoder]:
+    """Whether its parameters are those of `Decoder.layers`: none tied, added or replaced by others."""
+    if not isinstance(model, Decoder):
+        return False
+    return {name for name, _ in model.named_parameters()} == {name for layer in model.layers() for name in layer}
+
+
+def is_plain(model: nn.Module) -> TypeGuard[Decoder]:
+    """Whether rules written by hand for the Decoder are this model's: no class derived from it, from a block or from a
+    layer, no forward hook, no parameter tied, added or taken away. Asked at each inner step, so quick."""
+    if type(model) is not Decoder or any(type(block) is not Block for block in model.blocks):
+        return False
+    trunk, layers = (model, *model.blocks), [model.embedding, model.final_norm, model.head]
+    layers += [layer for block in model.blocks for layer in block._modules.values() if layer is not None]
+    weights = [p for layer in layers for p in layer._parameters.values() if p is not None]
+    return (
+        len(layers) == len(weights) == len(set(map(id, weights))) == 3 + 10 * len(model.blocks)
+        and len(model._modules) == 4
+        and all(type(layer) in (nn.Embedding, nn.RMSNorm, nn.LayerNorm, nn.Linear) for layer in layers)
+        and not any(module._parameters for module in trunk)
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in (*trunk, *layers))
+    )
 
 
 def rope_table(length: int, features: int) -> Tensor:

@@ -21,7 +21,7 @@ from gnlib import head
 from gnlib.config import MethodConfig
 from gnlib.linearise import Parameters, linearise, outputs_of
 from gnlib.losses import ConvexLoss, CrossEntropy, has_kernel
-from gnlib.model import Decoder
+from gnlib.model import Decoder, is_plain
 
 
 class Evaluation(NamedTuple):
@@ -58,7 +58,7 @@ class TrueLoss:
     def _evaluate(self, model: nn.Module, point: Parameters, inputs: Tensor, targets: Tensor) -> Evaluation:
         variables = {name: tensor.detach().requires_grad_() for name, tensor in point.items()}
         value = self._value(model, variables, inputs, targets)
-        gradients = torch.autograd.grad(value, list(variables.values()))
+        gradients = torch.autograd.grad(value, list(variables.values()), materialize_grads=True)
         return Evaluation(value.detach(), value.detach(), dict(zip(variables, gradients, strict=True)), 3.0)
 
 
@@ -122,7 +122,11 @@ class GaussNewtonObjective(LinearisedObjective):
 
 
 class ProxLinearObjective(LinearisedObjective):
-    """L(z + v, y): the linearised model under the whole loss, with its higher-order terms (section 3, as above)."""
+    """L(z + v, y): the linearised model under the whole loss, with its higher-order terms.
+
+    arXiv 2510.09378, section 3. Its gradient in theta is J^T dL/dz at z + v; v = J (theta - theta_t) has the shape of
+    the outputs z. `ridge` lambda adds lambda * sum of mean(delta^2).
+    """
 
     def expand(self, z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if has_kernel(self.loss, z):
@@ -140,14 +144,16 @@ def cross_entropy_expansion(z: Tensor, y: Tensor, v: Tensor, prox: bool) -> tupl
 
 
 @torch.no_grad()
-def curvature_product(model: nn.Module, loss: ConvexLoss, delta: Parameters, inputs: Tensor, y: Tensor) -> Parameters:
-    """G delta = J^T H J delta on a batch:  delta -> J delta -> H J delta -> J^T H J delta.
+def curvature_product(
+    model: nn.Module, loss: ConvexLoss, delta: Parameters, inputs: Tensor, targets: Tensor
+) -> Parameters:
+    """G delta = J^T H J delta of the mean loss on a batch:  delta -> J delta -> H J delta -> J^T H J delta.
 
     `delta` holds tensors of the parameters' shapes by name, as the result does; parameters without one are fixed.
     """
     with torch.enable_grad():
         here = linearise(model, inputs)
-    return here.pullback(loss.hessian_product(here.outputs.detach(), y, here.tangent(delta)), list(delta))
+    return here.pullback(loss.hessian_product(here.outputs.detach(), targets, here.tangent(delta)), list(delta))
 
 
 def forward_loss(loss: ConvexLoss, compiled: bool = False) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
@@ -156,7 +162,7 @@ def forward_loss(loss: ConvexLoss, compiled: bool = False) -> Callable[[nn.Modul
 
     @torch.no_grad()
     def value(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        if not isinstance(model, Decoder):
+        if not is_plain(model):
             return loss.value(outputs_of(model, inputs), targets)
         x = features(model, inputs, fused=True).flatten(0, -2)
         return head.mean_loss(x, model.head.weight, targets.flatten(), loss, compiled)

@@ -181,6 +181,7 @@ def construct(kind: type[Optimizer], parameters: Named, inner: InnerConfig, **se
     that has come from a field of InnerConfig. A class with another number of betas keeps its own.
     """
     known = inspect.signature(kind.__init__).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     common: dict[str, Any] = {"lr": inner.lr, "weight_decay": inner.weight_decay}
     own_betas = known["betas"].default if "betas" in known else ()
     if not isinstance(own_betas, tuple) or len(own_betas) == len(inner.betas):
@@ -192,11 +193,14 @@ def construct(kind: type[Optimizer], parameters: Named, inner: InnerConfig, **se
         allowed = [name for name in known if name not in reserved]
         names = ", ".join(allowed)
         raise ConfigError(f"method.inner.options: {kind.__name__} takes no {unknown[0]!r}; allowed: {names}")
-    arguments = {name: value for name, value in common.items() if name in known} | settings | inner.options
+    taken = {name: value for name, value in common.items() if name in known or (name == "lr" and passes_on)}
     try:
-        return kind(list(parameters.values()), **arguments)
+        made = kind(list(parameters.values()), **taken | settings | inner.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method.inner.options: {kind.__name__}: {error}") from None
+    if "lr" not in known and any(group.get("lr") != inner.lr for group in made.param_groups):
+        raise ConfigError(f"method.inner.optimizer: {kind.__name__} takes no learning rate by the name lr")
+    return made
 
 
 def _adamw(parameters: Named, inner: InnerConfig) -> Optimizer:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gnlib.blocks import hidden_matrices, partition
-from gnlib.config import CONJUGATE_GRADIENT, ComputeConfig, MethodConfig
+from gnlib.config import CONJUGATE_GRADIENT, RunConfig
 from gnlib.conjugate_gradient import HessianFree
 from gnlib.line_search import line_search, move
 from gnlib.losses import ConvexLoss
@@ -35,22 +35,6 @@ class Stream(Protocol):
     """Where batches come from; it counts the tokens (`gnlib.data.TokenStream`)."""
 
     def take(self, count: int, purpose: Purpose = "train") -> tuple[Tensor, Tensor]: ...
-
-
-class StepConfig(Protocol):
-    """What an outer step needs to know of a run (`gnlib.config.RunConfig`)."""
-
-    @property
-    def method(self) -> MethodConfig: ...
-
-    @property
-    def compute(self) -> ComputeConfig: ...
-
-    @property
-    def outer_batch(self) -> int: ...
-
-    @property
-    def outer_steps(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ class OuterStep:
     (warm start) or start afresh; a baseline always starts at theta_t and keeps its optimiser's state.
     """
 
-    def __init__(self, model: nn.Module, loss: ConvexLoss, config: StepConfig) -> None:
+    def __init__(self, model: nn.Module, loss: ConvexLoss, config: RunConfig) -> None:
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
         self.loss = loss

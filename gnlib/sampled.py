@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gnlib.config import ConfigError
-from gnlib.linearise import Parameters
+from gnlib.linearise import Parameters, outputs_of
 from gnlib.losses import ConvexLoss
 
 
@@ -43,7 +43,7 @@ class SampledLoss:
         """
         generator = torch.Generator().manual_seed(seed)  # of the CPU, so that every device draws the same
         for inputs in self.batches:
-            z = torch.func.functional_call(self.model, self.theta, (inputs,))
+            z = outputs_of(self.model, inputs, self.theta)
             labels = self.loss.sample(z.detach(), generator)  # type: ignore[attr-defined]
             yield self.loss.value(z, labels), self.loss.predictions(z)  # type: ignore[attr-defined]
 
@@ -51,7 +51,7 @@ class SampledLoss:
         """Of the mean over the whole batch, by parameter name, and the number of predictions."""
         total, predictions = {name: torch.zeros_like(tensor) for name, tensor in self.theta.items()}, 0
         for value, count in self.values(seed):
-            found = torch.autograd.grad(value / len(self.batches), list(self.theta.values()))
+            found = torch.autograd.grad(value / len(self.batches), list(self.theta.values()), materialize_grads=True)
             torch._foreach_add_(list(total.values()), list(found))
             predictions += count
         return total, predictions

@@ -83,6 +83,9 @@ def train(
     `on_row` is called with every new row, and with those of the start if that has to be made first. A checkpoint is
     written when `checkpoint_seconds` have passed since the last one: a killed run loses at most that. Raises
     ConfigError before anything runs if the data do not fit.
+
+    The process is left with `compute.threads` threads, with torch's generators where the run left them, and with its
+    choice of attention kernels and of determinism.
     """
     check(config)
     config = pinned(config)
@@ -169,6 +172,7 @@ class _Run:
         if device.type == "cuda":  # the fused attention backward adds up in any order
             for fused in ("flash", "mem_efficient", "cudnn"):
                 getattr(torch.backends.cuda, f"enable_{fused}_sdp")(not config.compute.deterministic)
+        torch.manual_seed(config.seed)  # for optimisers of one's own that draw numbers; ours have generators
         loss = CrossEntropy()
         self.stream = TokenStream(files, config.seed, device)
         self.method = OuterStep(self.model, loss, config)
@@ -259,6 +263,8 @@ class _Run:
             "stream": self.stream.state_dict(),
             "average": self.average.state_dict(),
             "costs": [self.flops, self.wall_s, self.peak_bytes],
+            "generators": _generators(self.device),
+            "rows": len(self.record.rows),
         }
 
     def _resume(self) -> None:
@@ -269,18 +275,36 @@ class _Run:
             checkpoint.unlink(missing_ok=True)  # without the rows before it, it is of no use
             return
         state = read_tensors(checkpoint, self.device)
+        rows = [row for row in earlier.rows if row["outer_step"] <= state["method"]["done"]]
+        if len(rows) < state.get("rows", 0):  # a machine that went down may have kept the checkpoint and not the rows
+            checkpoint.unlink()
+            return
         self.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"])
         self.stream.load_state_dict(state["stream"])
         self.average.load_state_dict(state["average"])
         self.flops, self.wall_s, self.peak_bytes = state["costs"]
-        self.record.rows = [row for row in earlier.rows if row["outer_step"] <= self.method.done]
+        self.record.rows = rows
+        _set_generators(state.get("generators", {}), self.device)  # an older checkpoint has none
         records.write(path, self.record)
 
 
 def _save(path: Path, state: Any) -> None:
     with replacing(path) as temporary:
         torch.save(state, temporary)
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's own."""
+    found = {"cpu": torch.get_rng_state()}
+    return found | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else found
+
+
+def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -285,7 +285,7 @@ def outdone(entry: dict[str, Any]) -> bool:
     best, length = trials[0], "outer_steps"
     if not used.items() - best.items() <= {(length, used.get(length))} or best[length] < used[length]:
         return True
-    own = next((trial for trial in trials if used.items() <= trial.items()), {})
+    own: dict[str, Any] = next((trial for trial in trials if used.items() <= trial.items()), {})
     steps, fewer = own.get("steps_to_target"), best["steps_to_target"]
     return steps is None or fewer is None or steps > (1 + SATURATED) * fewer
 

@@ -453,7 +453,9 @@ def refused(run: Callable[[], Any]) -> str:
         ({"ridge": -1}, "method.ridge: "),
         ({"accumulate": 0}, "accumulate: 0; a whole number of batches, at least 1"),
         ({"accumulate": 1.5}, "accumulate: 1.5; a whole number of batches, at least 1"),
-        ({"outer_steps": 0}, "outer_steps: 0; at least 1, or None"),
+        ({"outer_steps": 0}, "outer_steps: 0; a whole number, at least 1, or None"),
+        ({"outer_steps": "5"}, "outer_steps: '5'; a whole number, at least 1, or None"),
+        ({"loss": CrossEntropy}, "or a ConvexLoss object, got the class CrossEntropy"),
         ({"outer_steps": -1}, "outer_steps: "),
         ({"inner": InnerConfig(schedule="global_cosine")}, "the schedule global_cosine needs their number"),
         ({"inner": InnerConfig(options={"warp": 9})}, "takes no 'warp'"),
@@ -517,6 +519,47 @@ def test_batches_that_do_not_fit_are_refused_and_nothing_moves(given: list, mess
     optimizer = newton(case.model)
     assert message in refused(lambda: optimizer.step(*given))
     assert all(torch.equal(p, before[n]) for n, p in parameters(case.model).items()) and optimizer.outer.done == 0
+
+
+def test_negative_targets_are_refused_for_class_indices_alone() -> None:
+    case = regression_case()
+    whole = (case.inputs, torch.full_like(case.targets, -1.0).long())
+    newton(case.model, "mse").step([whole] * 3)
+    search = [(PAIR[0], torch.full_like(PAIR[1], -1))]
+    assert "negative class" in refused(lambda: newton(classifier_case().model).step([PAIR] * 2, search))
+
+
+def test_a_step_is_the_same_without_gradients_around_it() -> None:
+    ends = []
+    for around in (torch.enable_grad(), torch.no_grad()):
+        case = classifier_case()
+        with around:
+            newton(case.model).step([(case.inputs, case.targets)] * 3)
+        ends.append(parameters(case.model))
+    assert all(torch.equal(one, ends[1][name]) for name, one in ends[0].items())
+
+
+def test_schedule_free_by_name_has_the_schedule_that_it_needs() -> None:
+    optimizer = GaussNewton(classifier_case().model, inner="schedule_free")
+    assert optimizer.outer.config.method.inner.schedule == "constant"
+
+
+def test_a_parameter_that_the_outputs_do_not_depend_on_stays() -> None:
+    """As with torch's own optimisers, which find no gradient there."""
+    case = classifier_case()
+    case.model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    for objective in ("gauss_newton", "prox_linear"):
+        inner = InnerConfig(optimizer="sgd", lr=0.1, steps=2, weight_decay=0.0)
+        newton(case.model, objective=objective, inner=inner).step([(case.inputs, case.targets)] * 3)
+    assert torch.equal(case.model.unused, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("inner", ["conjugate_gradient", "sophia_g"])
+def test_solvers_that_look_at_the_model_themselves_take_a_hugging_face_model(inner: str) -> None:
+    model = gpt2()
+    before = parameters(model)
+    newton(model, inner=InnerConfig(optimizer=inner, lr=0.01, steps=2)).step([batch()] * 3)
+    assert any(not torch.equal(p, before[name]) for name, p in parameters(model).items())
 
 
 def test_tokens_without_an_embedding_are_refused() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from cases import KINDS, Case, decoder_case, direction, linear_case, regression_case
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from gnlib.blocks import partition
 from gnlib.config import MethodConfig
 from gnlib.losses import CrossEntropy, MeanSquaredError
+from gnlib.model import Block, Decoder
 from gnlib.objective import (
     GaussNewtonObjective,
     LinearisedObjective,
@@ -18,6 +22,7 @@ from gnlib.objective import (
     TrueLoss,
     build_objective,
     curvature_product,
+    forward_loss,
 )
 
 LINEARISED: dict[str, type[LinearisedObjective]] = {
@@ -34,6 +39,73 @@ def _delta(case: Case, theta: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _points(case: Case, kind: str) -> list[dict[str, Tensor]]:
     return [case.point(block, seed=i) for i, block in enumerate(partition(case.model, kind))]  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- a Decoder that is not the plain one
+
+
+class Wrapped(nn.Module):
+    """The same function, of which no rule is written by hand."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs)
+
+
+class Capped(Decoder):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return 2.0 * (super().forward(tokens) / 2.0).tanh()
+
+
+class Doubled(Block):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2.0 * super().forward(*args, **kwargs)
+
+
+def _tied(model: Decoder) -> None:
+    model.head.weight = model.embedding.weight
+
+
+def _hooked(model: Decoder) -> None:
+    model.blocks[0].register_forward_hook(lambda module, args, output: 2.0 * output)
+
+
+def _with_a_bias(model: Decoder) -> None:
+    model.head.bias = nn.Parameter(torch.ones(model.head.out_features, dtype=torch.float64))
+
+
+MODIFIED: dict[str, Callable[[Any], None]] = {
+    "tied head": _tied,
+    "its own forward": lambda model: setattr(model, "__class__", Capped),
+    "a block of its own": lambda model: setattr(model.blocks[1], "__class__", Doubled),
+    "a hook": _hooked,
+    "a bias": _with_a_bias,
+    "a parameter beside the blocks": lambda model: model.register_parameter("spare", nn.Parameter(torch.ones(2))),
+    "a layer beside the blocks": lambda model: model.add_module("spare", nn.Linear(2, 2)),
+}
+
+
+@pytest.mark.parametrize("modified", MODIFIED)
+@pytest.mark.parametrize("objective", LINEARISED)
+def test_a_decoder_that_somebody_changed_is_linearised_as_it_is(objective: str, modified: str) -> None:
+    """The rules by hand are for the plain one: a tied head, say, has the gradients of both its uses."""
+    case = decoder_case()
+    MODIFIED[modified](case.model)
+    point = case.point([name for name, _ in case.model.named_parameters()])
+    here = (case.inputs, case.targets)
+    (found,) = LINEARISED[objective](case.loss).evaluate(case.model, [point], *here)
+    wrapped = Wrapped(case.model)
+    (expected,) = LINEARISED[objective](case.loss).evaluate(
+        wrapped, [{f"model.{name}": theta for name, theta in point.items()}], *here
+    )
+    assert_close(found.value, expected.value)
+    assert_all_close({f"model.{name}": g for name, g in found.gradient.items()}, expected.gradient)
+    assert_close(forward_loss(case.loss)(case.model, *here), case.loss.value(wrapped(case.inputs), case.targets))
+    for kind in KINDS:
+        assert {name for block in partition(case.model, kind) for name in block} == point.keys()
 
 
 # ---------------------------------------------------------------- against the oracles

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -237,6 +238,32 @@ def test_an_import_path_names_an_optimiser_of_the_users_own() -> None:
 def test_an_imported_optimiser_gets_the_learning_rate(path: str) -> None:
     solver = Solver({n: t.requires_grad_() for n, t in _start().items()}, MATRICES, _inner(optimizer=path, lr=0.123))
     assert [group["lr"] for o in solver.optimizers for group in o.param_groups] == [0.123]
+
+
+class Forwards(torch.optim.Adam):
+    """Its signature does not name what it passes on."""
+
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs)
+
+
+class Deaf(torch.optim.Adam):
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        super().__init__(params, lr=0.001)
+
+
+class OtherName(torch.optim.Adam):
+    def __init__(self, params: Any, step_size: float = 0.001) -> None:
+        super().__init__(params, lr=step_size)
+
+
+def test_a_rate_that_the_signature_does_not_name_is_passed_on_or_missed_in_one_line() -> None:
+    inner = _inner(optimizer=f"{__name__}.Forwards", lr=0.5)
+    solver = Solver({n: t.requires_grad_() for n, t in _start().items()}, set(), inner)
+    assert [group["lr"] for o in solver.optimizers for group in o.param_groups] == [0.5]
+    for name in ("Deaf", "OtherName"):
+        message = _refused(optimizer=f"{__name__}.{name}", lr=0.5)
+        assert message == f"method.inner.optimizer: {name} takes no learning rate by the name lr"
 
 
 # ---------------------------------------------------------------- errors

@@ -280,6 +280,31 @@ def test_observing_leaves_no_hook_on_the_model() -> None:
     assert not any(module._forward_hooks for module in sampled.model.modules())
 
 
+class Twice(nn.Module):
+    """One linear layer, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.inner(x).tanh()))
+
+
+def test_a_layer_that_is_used_twice_is_seen_at_both_uses_and_one_that_is_not_used_is_named() -> None:
+    torch.manual_seed(0)
+    model, inputs = Twice().double(), normal((5, 4), seeded(3))
+    sampled = SampledLoss(model, CrossEntropy(), dict(model.named_parameters()), [inputs[:3], inputs[3:]])
+    kfac = KFAC([model.inner.weight])
+    kfac.observe(sampled)
+    between = model.inner(inputs).tanh().detach()
+    assert_close(kfac.state[model.inner.weight]["A"], (inputs.T @ inputs + between.T @ between) / 5, 1e-10)
+    model.spare = nn.Linear(4, 4, bias=False).double()
+    sampled = SampledLoss(model, CrossEntropy(), dict(model.named_parameters()), [inputs])
+    with pytest.raises(ConfigError, match=r"kfac; the forward pass does not use spare.weight$"):
+        KFAC([model.spare.weight]).observe(sampled)
+
+
 def test_a_layer_that_is_not_linear_is_a_one_line_error() -> None:
     model = nn.Embedding(7, 3)
     sampled = SampledLoss(model, CrossEntropy(), dict(model.named_parameters()), [tokens(2, 3)])

@@ -470,6 +470,50 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it_and_without_it_the_run_s
     assert [row["outer_step"] for row in run(config).rows] == list(range(7))
 
 
+class Noisy(torch.optim.SGD):
+    """Draws numbers from torch's own generator."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= group["lr"] * (p.grad + 0.1 * torch.randn_like(p))
+
+
+def interrupted(config: RunConfig, at: int) -> None:
+    """Stopped after a row, with the checkpoint of the step before."""
+
+    def stop(config: RunConfig, row: Row) -> None:
+        if row["outer_step"] == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, on_row=stop, checkpoint_seconds=0.0)
+
+
+def test_an_optimiser_that_draws_numbers_repeats_and_resumes_bit_for_bit(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cold("sgd", method__inner__optimizer=f"{__name__}.Noisy", method__inner__lr=0.1)
+    rows = []
+    for place, stopped in (("first", False), ("second", False), ("third", True)):
+        monkeypatch.setenv("GNLIB_DATA", str(home / place))
+        if stopped:
+            interrupted(config, at=3)
+        rows.append(compared(run(config).rows))
+        torch.rand(3)  # what is drawn elsewhere in the process does not matter
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_a_record_that_lost_rows_of_which_the_checkpoint_knows_is_begun_anew() -> None:
+    """As after a power cut: with a hole, steps to the target would be interpolated over it."""
+    config = cold("adamw", outer_steps=5)
+    interrupted(config, at=4)
+    path = record_path(config)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]))  # of the steps 0 and 1
+    assert [row["outer_step"] for row in run(config).rows] == list(range(6))
+
+
 def test_a_file_that_cannot_be_read_for_another_reason_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
     """One would delete it."""
     for error in (torch.OutOfMemoryError("full"), PermissionError("closed")):
