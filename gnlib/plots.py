@@ -62,12 +62,20 @@ def styles() -> dict[str, Style]:
 
 
 @contextmanager
-def _figure(title: str, note: str, height: float = 3.7) -> Iterator[tuple[Figure, Axes]]:
-    """One panel in the house style, with the legend of what is labelled in it below."""
-    import matplotlib.pyplot as plt
+def _style() -> Iterator[None]:
+    """The house style."""
     import seaborn as sns
 
     with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
+        yield
+
+
+@contextmanager
+def _figure(title: str, note: str, height: float = 3.7) -> Iterator[tuple[Figure, Axes]]:
+    """One panel in the house style, with the legend of what is labelled in it below."""
+    import matplotlib.pyplot as plt
+
+    with _style():
         figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
         yield figure, axes
         axes.set_title(f"{title}\n{note}", fontsize="medium")
@@ -279,11 +287,10 @@ def step_times(times: pd.DataFrame) -> Figure:
 def curves_by_batch(curves: pd.DataFrame, target: float, title: str = "") -> Figure:
     """Validation loss against outer step, a panel a batch size, the largest first; a method of your own is black."""
     import matplotlib.pyplot as plt
-    import seaborn as sns
 
     batches, names = sorted(set(curves["batch"]), reverse=True), _order(list(curves["method"].unique()))
     size = (WIDTH if len(batches) == 1 else 1.5 * WIDTH, 3.7)
-    with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
+    with _style():
         figure, row = plt.subplots(ncols=len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained")
         for axes, batch in zip(row[0], batches, strict=True):
             for name in names:
@@ -307,7 +314,7 @@ def step_parts(rows: Sequence[dict[str, Any]]) -> Figure:
     measured = [row for row in rows if "parts" in row]
     standard = {(row["size"], row["precision"]): row["ms"] for row in rows if row["method"] == "standard"}
     tokens = in_tokens(measured[0]["tokens_per_s"] * measured[0]["ms"] / 1e3)
-    with sns.axes_style("whitegrid", {"grid.color": "0.9"}), sns.plotting_context("paper", rc={"grid.linewidth": 0.6}):
+    with _style():
         figure, axes = plt.subplots(figsize=(WIDTH, 1.1 + 0.9 * len(measured)), layout="constrained")
         names = [f"{row['size']}, {row['precision']}" for row in measured]
         whole = [standard[row["size"], row["precision"]] for row in measured]

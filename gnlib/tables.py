@@ -40,9 +40,7 @@ def costs(records: Sequence[Record], target: float) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def by_batch(
-    records: Sequence[Record], measure: Callable[[Sequence[Record]], object], column: str = "batch (tokens)"
-) -> pd.DataFrame:
+def by_batch(records: Sequence[Record], measure: Callable[[Sequence[Record]], object]) -> pd.DataFrame:
     """A table of `measure` over the seeds: one row a batch, one column a method."""
     import pandas as pd
 
@@ -50,7 +48,7 @@ def by_batch(
     for name, runs in by_method(records).items():
         for chosen in batches(runs).values():
             cells.setdefault(name, {})[chosen[0].config.outer_batch_tokens] = str(measure(chosen))
-    return pd.DataFrame(cells).fillna("-").sort_index().rename_axis(column)
+    return pd.DataFrame(cells).fillna("-").sort_index().rename_axis("batch (tokens)")
 
 
 def mean_steps(target: float) -> Callable[[Sequence[Record]], Estimate]:
