@@ -121,7 +121,8 @@ class GaussNewton:
         It takes N x accumulate batches to solve the subproblem, then batches for the line search (`batches_per_step`
         has both numbers), from `search` if given, else further ones from `batches`. An iterator is read on from where
         it is, so one endless iterator may serve all steps; a list must have just as many. Batches weigh the same,
-        whatever their size, and go to the model's device. If ConfigError is raised, the model is as it was.
+        whatever their size, and go to the model's device. If an error is raised, the model is as it was;
+        after one from within the step, as of a batch that does not fit, the next step has no warm start.
         """
         with torch.enable_grad():
             return self._step(batches, search)

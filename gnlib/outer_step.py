@@ -88,9 +88,23 @@ class OuterStep:
         return max(1, round(search.fraction * self.config.outer_batch)) if search else 0
 
     def step(self, stream: Stream) -> StepInfo:
-        """One outer step on fresh batches of `stream`; the model ends at theta_{t+1}."""
+        """One outer step on fresh batches of `stream`; the model ends at theta_{t+1}.
+
+        If it breaks off, the model is at theta_t and the next step starts afresh.
+        """
         parameters = dict(self.model.named_parameters())
         anchor = {name: parameters[name].detach().clone() for name in self.solution}
+        try:
+            info = self._step_from(anchor, stream)
+        except BaseException:  # a batch that does not fit, or Ctrl-C in a notebook
+            move(self.model, {}, anchor, 1.0)
+            self._place(anchor)
+            self._renew_solvers()
+            raise
+        self.done += 1
+        return info
+
+    def _step_from(self, anchor: dict[str, Tensor], stream: Stream) -> StepInfo:
         self._start(anchor)
         train_loss, passes = self._conjugate(stream, self.hessian_free) if self.hessian_free else self._descend(stream)
         search = self.config.method.line_search
@@ -104,20 +118,22 @@ class OuterStep:
             step_size = found.step_size
             gain = found.losses[0.0] - found.losses[step_size] if search.zero else None
             passes += found.forward_passes
-        self.done += 1
         return StepInfo(train_loss, step_size, gain, passes)
 
-    @torch.no_grad()
     def _start(self, anchor: dict[str, Tensor]) -> None:
         """From the last inner solution; afresh without a warm start, at the first step, or if it is not finite."""
         method = self.config.method
         baseline = method.objective == "loss"
         if not baseline and method.inner.warm_start and self.done and self._is_finite():
             return
-        for name, theta in self.solution.items():
-            theta.copy_(anchor[name])
+        self._place(anchor)
         if not baseline and self.done:
             self._renew_solvers()
+
+    @torch.no_grad()
+    def _place(self, anchor: dict[str, Tensor]) -> None:
+        for name, theta in self.solution.items():
+            theta.copy_(anchor[name])
 
     def _is_finite(self) -> bool:
         return bool(torch.stack([theta.isfinite().all() for theta in self.solution.values()]).all())

@@ -521,6 +521,27 @@ def test_batches_that_do_not_fit_are_refused_and_nothing_moves(given: list, mess
     assert all(torch.equal(p, before[n]) for n, p in parameters(case.model).items()) and optimizer.outer.done == 0
 
 
+@pytest.mark.parametrize("place", [1, 2], ids=["to solve", "for the line search"])
+def test_after_a_later_batch_that_does_not_fit_the_model_is_as_it_was_and_the_next_step_starts_afresh(
+    place: int,
+) -> None:
+    case, other = classifier_case(), classifier_case()
+    optimizer = newton(case.model)
+    optimizer.step([PAIR] * 3)
+    before = parameters(case.model)
+    pairs = [PAIR] * 3
+    pairs[place] = (PAIR[0][..., :-1], PAIR[1])
+    with pytest.raises(RuntimeError):
+        optimizer.step(pairs)
+    assert all(torch.equal(p, before[name]) for name, p in parameters(case.model).items())
+    optimizer.step([PAIR] * 3)
+    other.model.load_state_dict(before)
+    fresh = newton(other.model, inner=InnerConfig(optimizer="adamw", lr=0.01, steps=2, warm_start=False))
+    fresh.outer.done = 1
+    fresh.step([PAIR] * 3)
+    assert all(torch.equal(p, parameters(other.model)[name]) for name, p in parameters(case.model).items())
+
+
 def test_negative_targets_are_refused_for_class_indices_alone() -> None:
     case = regression_case()
     whole = (case.inputs, torch.full_like(case.targets, -1.0).long())
