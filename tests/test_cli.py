@@ -173,6 +173,15 @@ def test_an_unknown_method_after_a_known_one_is_refused_before_anything_is_tuned
     assert not files(home)
 
 
+@pytest.mark.parametrize("further", [[], ["--dry-run"], ["--no-run"]])
+def test_a_budget_at_a_batch_that_does_not_divide_it_is_refused_before_anything_is_tuned(
+    further: list[str], gnlib: Call, home: Path
+) -> None:
+    tune = ("tune", "--profile", "tiny", "--methods", "adamw", "--budget", "--batch")
+    assert "batch: 256 sequences; allowed: one that divides the budget" in refused(gnlib(*tune, "256", *further))
+    assert not files(home)
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

@@ -212,6 +212,16 @@ def test_a_budget_gives_the_number_of_steps_and_is_read_to_its_end() -> None:
             assert config.evaluation.stop_below is None
 
 
+@pytest.mark.parametrize("batch", [48, 128, 256])  # no divisor; one step; none
+@pytest.mark.parametrize("name", ["adamw", "gauss_newton", "cold_start"])
+def test_a_batch_that_does_not_divide_the_budget_into_two_steps_or_more_is_refused(name: str, batch: int) -> None:
+    """The run would read another number of tokens than the budget."""
+    allowed = "allowed: one that divides the budget of profile 'tiny', 128, into 2 steps or more"
+    with pytest.raises(ConfigError, match=f"^batch: {batch} sequences; {allowed}$"):
+        setting_config("tiny", Setting(name, batch, budget=True))
+    assert setting_config("tiny", Setting(name, 32, budget=True)).outer_steps == 4
+
+
 def test_what_was_tuned_for_a_setting_is_used_there_and_nowhere_else(home: Path) -> None:
     rates = {"adamw": 0.02, "adamw@128": 0.003, "adamw@128:budget": 0.007, "inner_adamw": 0.5}
     tuned(home, **{name: {"method.inner.lr": lr} for name, lr in rates.items()})
