@@ -80,7 +80,7 @@ def train(
 
     Args:
         profile: A name listed by `gnlib profiles`.
-        method: A name listed by `gnlib profiles`.
+        method: A method or variant listed by `gnlib profiles`.
         seed: Data order.
         set: A field and its value, e.g. --set method.inner.lr=0.01; may be repeated.
         config: A JSON file with the whole configuration, instead of profile, method and seed.
@@ -90,7 +90,10 @@ def train(
     changes = dict(assignment(text) for text in set)
     if config and (profile, method, seed) != ("laptop", "gauss_newton", 0):
         raise ConfigError("config: it has profile, method and seed; change it by --set")
-    chosen = RunConfig.load(config).replace(changes) if config else run_config(profile, method, seed, changes)
+    if config:
+        chosen = RunConfig.load(config).replace(changes)
+    else:
+        chosen = setting_config(profile, find_setting(method), seed, changes)
     check(chosen)
     chosen = pinned(chosen, not quiet)  # what is wrong with the text is said before there is a bar
     with progress_bars(chosen, quiet) as on_row:

@@ -7,11 +7,10 @@ tuned nearby, then what `gnlib tune` found for the setting itself (tuned.json's 
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, replace
 
 from gnlib.config import ConfigError, RunConfig
-from gnlib.methods import ALL_METHODS, METHODS, Changes
+from gnlib.methods import ALL_METHODS, METHODS, Changes, check_name
 from gnlib.profiles import find_profile, run_config, tuning
 
 
@@ -127,10 +126,7 @@ class Setting:
 
 def find_setting(name: str, batch: int | None = None, budget: bool = False) -> Setting:
     """ConfigError with the near names for an unknown one."""
-    known = ALL_METHODS | VARIANTS
-    if name not in known:
-        near = difflib.get_close_matches(name, known) or list(known)
-        raise ConfigError(f"method: no method {name!r}; near or allowed: {', '.join(near)}")
+    check_name(name, ALL_METHODS | VARIANTS)
     if batch is not None and batch < 1:
         raise ConfigError(f"batch: {batch}; at least 1 sequence")
     return Setting(name, batch, budget)
