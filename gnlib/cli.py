@@ -254,6 +254,7 @@ def compare(
         fresh: Do not count shipped records as done.
         jobs: Runs at a time; one per core or GPU by default.
     """
+    comparing.check_packages()
     arguments = dict(assignment(text, "--kwargs") for text in kwargs)
     found = comparing.compare(optimizer, profile, arguments, seeds, batches, trials, fresh, True, jobs)
     print(comparing.table(found).to_string())
