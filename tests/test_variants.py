@@ -73,9 +73,14 @@ def test_batches_are_powers_of_four_apart_with_the_profiles_own_and_divide_the_b
         ({"base": {"outer_batch": 128}}, "the outer batch of 'tiny', 128, is not among its batches 16, 64"),
         ({"budget": 100}, "the budget of 'tiny', 100, is no multiple, twice or more, of 16, 64"),
         ({"budget": 64}, "the budget of 'tiny', 64, is no multiple, twice or more, of 16, 64"),
+        ({"batches": (64, 16)}, "the batches of 'tiny', 64, 16, do not ascend"),
+        ({"batches": (16, 64, 64)}, "the batches of 'tiny', 16, 64, 64, do not ascend"),
+        ({"methods": {"gauss_newtn": {}}}, "methods of 'tiny': no method 'gauss_newtn'; near or allowed: gauss_newton"),
+        ({"longer": {"sophia": 9}}, "longer of 'tiny': no method 'sophia'; near or allowed: sophia_g, soap"),
+        ({"tuned": ("outer_steps", "inner.lr")}, "tuned of 'tiny': no field 'inner.lr' is tuned; allowed: method.*"),
     ],
 )
-def test_a_profile_whose_batches_do_not_fit_together_is_refused(
+def test_a_profile_whose_fields_do_not_fit_together_or_would_be_ignored_is_refused(
     changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PROFILES, "tiny", replace(PROFILES["tiny"], **changes))
