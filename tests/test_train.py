@@ -237,6 +237,9 @@ def test_data_that_do_not_fit_are_refused_before_anything_runs(home: Path) -> No
         run(cold("adamw").replace({"data.sequence_length": 1_000_000}))
     with pytest.raises(ConfigError, match=r"outer_batch: 1000000 sequences; allowed: at most the text's [0-9]+"):
         run(cold("adamw").replace({"outer_batch": 1_000_000}))
+    with pytest.raises(ConfigError, match=r"^start\.batch: 1000000 sequences; allowed: at most the text's [0-9]+$"):
+        run(run_config("tiny", "adamw", changes={"start.batch": 1_000_000}))
+    assert pinned(cold("adamw", start__batch=1_000_000)).start.batch == 1_000_000  # of no start, which is not made
     assert not (home / "data" / "runs").exists()
 
 
