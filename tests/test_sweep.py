@@ -238,14 +238,16 @@ def test_a_sweep_of_nothing_is_refused_with_the_studies_there_are() -> None:
 
 
 def test_no_more_runs_than_slots_are_under_way_over_all_chains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of five that could run at once; they end when three are under way and a fourth was refused a slot."""
-    running, most, lock, refused = [0], [0], threading.Lock(), threading.Event()
+    """Of five that could run at once; they end when one is refused a slot and those with a slot are all under way."""
+    running, most, taken, lock, refused = [0], [0], [0], threading.Lock(), threading.Event()
     take, given_up = Slots.take, time.monotonic() + 60
 
     def observed(slots: Slots) -> int | None:
-        slot = take(slots)
-        if slot is None and running[0] == 3:
-            refused.set()
+        with lock:
+            slot = take(slots)
+            taken[0] += slot is not None
+            if slot is None and running[0] == taken[0]:
+                refused.set()
         return slot
 
     class Process:
