@@ -24,7 +24,7 @@ from gnlib.heldout import heldout
 from gnlib.methods import METHODS, MORE_METHODS
 from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
-from gnlib.profiles import PROFILES, find_profile, run_config, tuning
+from gnlib.profiles import PROFILES, run_config, tuning
 from gnlib.studies import STUDIES, check_possible, study_configs, tuned_settings
 from gnlib.study import StudyError, UnfinishedError, check_arguments, describe, expected, find, progress_bars, run_study
 from gnlib.sweep import sweep as sweep_studies
@@ -32,7 +32,7 @@ from gnlib.train import check, pinned, run_folder
 from gnlib.train import train as train_run
 from gnlib.tune import command_for, told
 from gnlib.tune import tune as tune_method
-from gnlib.variants import VARIANTS, find_setting, key
+from gnlib.variants import VARIANTS, find_setting, key, setting_config
 
 app = Commands()
 Name = Annotated[str, tyro.conf.Positional]
@@ -80,7 +80,7 @@ def train(
 
     Args:
         profile: A name listed by `gnlib profiles`.
-        method: A name listed by `gnlib profiles`.
+        method: A method or variant listed by `gnlib profiles`.
         seed: Data order.
         set: A field and its value, e.g. --set method.inner.lr=0.01; may be repeated.
         config: A JSON file with the whole configuration, instead of profile, method and seed.
@@ -90,7 +90,10 @@ def train(
     changes = dict(assignment(text) for text in set)
     if config and (profile, method, seed) != ("laptop", "gauss_newton", 0):
         raise ConfigError("config: it has profile, method and seed; change it by --set")
-    chosen = RunConfig.load(config).replace(changes) if config else run_config(profile, method, seed, changes)
+    if config:
+        chosen = RunConfig.load(config).replace(changes)
+    else:
+        chosen = setting_config(profile, find_setting(method), seed, changes)
     check(chosen)
     chosen = pinned(chosen, not quiet)  # what is wrong with the text is said before there is a bar
     with progress_bars(chosen, quiet) as on_row:
@@ -214,9 +217,11 @@ def tune(
         no_run: Only read the records there are.
         dry_run: Only print a command for each, to be run apart, and whether tuned.json has it.
     """
-    find_profile(profile)
-    settings = [find_setting(name, batch, budget) for name in methods]  # all names before the first hour
-    for setting in tuned_settings(study, profile).values() if study else settings:
+    named = [find_setting(name, batch, budget) for name in methods]
+    settings = list(tuned_settings(study, profile).values()) if study else named
+    for setting in settings:  # all names and the batch before the first hour
+        setting_config(profile, setting)
+    for setting in settings:
         if dry_run:
             interior = tuning(profile, key(profile, setting)).get("interior")
             state = {None: "missing", True: "interior", False: "not interior"}[interior]
@@ -249,6 +254,7 @@ def compare(
         fresh: Do not count shipped records as done.
         jobs: Runs at a time; one per core or GPU by default.
     """
+    comparing.check_packages()
     arguments = dict(assignment(text, "--kwargs") for text in kwargs)
     found = comparing.compare(optimizer, profile, arguments, seeds, batches, trials, fresh, True, jobs)
     print(comparing.table(found).to_string())

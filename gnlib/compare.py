@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,12 @@ class Comparison:
     @property
     def tokens(self) -> int:
         return self.batch * self.records[0].config.data.sequence_length
+
+
+def check_packages() -> None:
+    """ConfigError, before the training, without what the table and the figure are made with."""
+    if missing := [name for name in ("pandas", "matplotlib", "seaborn") if find_spec(name) is None]:
+        raise ConfigError(f"compare: table and figure need {', '.join(missing)}: pip install 'gnlib[figures]'")
 
 
 def compare(

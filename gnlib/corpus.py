@@ -46,9 +46,10 @@ def grouped_documents(source: str, skip: int = 0, group: str | None = None) -> I
     """The documents of `source` in a fixed order, without the first `skip`; `ConfigError` if they cannot be read.
 
     `docstrings`; `c4` (streamed from Hugging Face) or `c4:FOLDER` (a local copy read the same way); the path of a file
-    (field or column `text`) or a folder, its files sorted by path. A .txt file in a folder is one document; a lone one
-    is split at two or more blank lines or, if it has none, at the first blank line past 8 kB (line end past 16 kB).
-    Empty documents of files are dropped. A document, a line and a row group of a parquet file must each fit in memory.
+    (field or column `text`) or a folder, its files sorted by path, without hidden ones. A .txt file in a folder is one
+    document; a lone one is split at two or more blank lines or, if it has none, at the first blank line past 8 kB (line
+    end past 16 kB). Empty documents of files are dropped. A document, a line and a row group of a parquet file must
+    each fit in memory.
 
     `group` names a field of .jsonl rows or a column of .parquet files, whose text up to the first `#` is the group.
     """
@@ -97,7 +98,7 @@ def located(source: str) -> Path:
 def _files(source: str) -> list[Path]:
     path = located(source)
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+        found = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
         files = sorted((file for file in found if file.name.endswith(EXTENSIONS)), key=lambda file: file.as_posix())
         if not files:
             raise ConfigError(f"data.source: no {', '.join(EXTENSIONS)} file in the folder {source}")
@@ -108,6 +109,11 @@ def _files(source: str) -> list[Path]:
     if not path.name.endswith(EXTENSIONS):
         raise ConfigError(f"data.source: {source}: unknown extension; allowed: {', '.join(EXTENSIONS)}")
     return [path]
+
+
+def _is_hidden(path: Path) -> bool:
+    """By itself or in a hidden folder, as the copies that a notebook keeps."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _summary(path: Path, root: Path) -> str:
@@ -209,7 +215,15 @@ def _parquet(path: Path, group: str | None) -> Iterator[Document]:
                 raise ConfigError(f"data.source: {path}: no column text among {', '.join(names)}")
             columns = [name for name in dict.fromkeys(("text", group)) if name in names]
             for batch in table.iter_batches(batch_size=64, columns=columns):
-                yield from (_document(row["text"] or "", row, group, f"{path}: a row") for row in batch.to_pylist())
+                for row in batch.to_pylist():
+                    yield _document(_text(row["text"], path), row, group, f"{path}: a row")
+
+
+def _text(value: Any, where: object) -> str:
+    """Of a row, where None is no text; ConfigError for anything else, such as bytes or a list."""
+    if not isinstance(value, str | None):
+        raise ConfigError(f"data.source: {where}: the column text holds {type(value).__name__}, not strings")
+    return value or ""
 
 
 # C4
@@ -228,4 +242,4 @@ def _stream(folder: str | None, skip: int) -> Iterator[str]:
     for row in rows:
         if "text" not in row:
             raise ConfigError(f"data.source: {where['path']}: no column text among {', '.join(row)}")
-        yield row["text"] or ""
+        yield _text(row["text"], where["path"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +64,16 @@ ALL_METHODS = METHODS | MORE_METHODS
 
 def find_method(name: str) -> Method:
     """By name; ConfigError with the near names for another."""
-    if name not in ALL_METHODS:
-        near = difflib.get_close_matches(name, ALL_METHODS) or list(ALL_METHODS)
-        raise ConfigError(f"method: no method {name!r}; near or allowed: {', '.join(near)}")
+    check_name(name, ALL_METHODS)
     return ALL_METHODS[name]
+
+
+def check_name(name: str, known: Iterable[str], field: str = "method") -> None:
+    """ConfigError with the near names for a method's or variant's name that is not known."""
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known) or known
+        raise ConfigError(f"{field}: no method {name!r}; near or allowed: {', '.join(near)}")
 
 
 def method_of(config: RunConfig) -> str:

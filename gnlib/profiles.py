@@ -15,7 +15,7 @@ from typing import Any
 
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import home
-from gnlib.methods import Changes, find_method
+from gnlib.methods import ALL_METHODS, Changes, check_name, find_method
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class Profile:
     methods: dict[str, Changes] = field(default_factory=dict)
     """What single methods have beyond that."""
     tuned: tuple[str, ...] | None = None
-    """Fields that `gnlib tune` searches, where a trial is too dear for all that a method has; None for all."""
+    """Fields that `gnlib tune` searches, of TUNABLE, where a trial is too dear for all that a method has; None for
+    all."""
     batches: tuple[int, ...] = ()
-    """Outer batches of the studies over batch size, sequences; powers of 4 apart, `base`'s outer batch among them."""
+    """Outer batches of the studies over batch size, sequences; ascending powers of 4, `base`'s outer batch among
+    them."""
     larger: tuple[int, ...] = ()
     """Batches beyond those, at which the critical batch size alone is studied, and methods may be missing."""
     budget: int = 0
@@ -50,6 +52,15 @@ class Profile:
     seeds: tuple[int, ...] = (1, 2, 3)
     """Data orders that results are reported on; tuning uses seed 0."""
 
+
+TUNABLE = (
+    "method.inner.lr",
+    "method.inner.adam_lr",
+    "method.inner.options.damping",
+    "outer_steps",
+    "method.inner.warmup",
+)
+"""The fields of all axes of `gnlib.tune`."""
 
 _PAPER_INNER = {"method.inner.weight_decay": 1e-3, "method.inner.clip": 1.0}
 
@@ -266,16 +277,33 @@ PROFILES: dict[str, Profile] = {
 
 
 def find_profile(name: str) -> Profile:
-    """By name; ConfigError with the allowed names for another, and for one whose batches do not fit together."""
+    """By name; ConfigError with the allowed names for another, and for one whose fields do not fit together."""
     if name not in PROFILES:
         raise ConfigError(f"profile: no profile {name!r}; allowed: {', '.join(PROFILES)}")
-    found = PROFILES[name]
+    _check_batches(name, PROFILES[name])
+    _check_names(name, PROFILES[name])
+    return PROFILES[name]
+
+
+def _check_batches(name: str, found: Profile) -> None:
     own, them = found.base.get("outer_batch", RunConfig().outer_batch), ", ".join(map(str, found.batches))
+    if list(found.batches) != sorted(set(found.batches)):
+        raise ConfigError(f"profile: the batches of {name!r}, {them}, do not ascend")
     if found.batches and own not in found.batches:
         raise ConfigError(f"profile: the outer batch of {name!r}, {own}, is not among its batches {them}")
     if any(found.budget % batch or 0 < found.budget < 2 * batch for batch in found.batches):
         raise ConfigError(f"profile: the budget of {name!r}, {found.budget}, is no multiple, twice or more, of {them}")
-    return found
+
+
+def _check_names(name: str, found: Profile) -> None:
+    """Of methods and of tuned fields, which would be ignored where they are misspelt."""
+    for what, names in (("methods", found.methods), ("longer", found.longer)):
+        for method in names:
+            check_name(method, ALL_METHODS, f"profile: {what} of {name!r}")
+    for tuned in found.tuned or ():
+        if tuned not in TUNABLE:
+            allowed = ", ".join(TUNABLE)
+            raise ConfigError(f"profile: tuned of {name!r}: no field {tuned!r} is tuned; allowed: {allowed}")
 
 
 def records_folder(profile: str) -> Path:

@@ -156,9 +156,16 @@ def run_study(
                 unended = [start for start in starts.values() if _unended(start)]
                 execute(unended, jobs, keep_weights=True, executor=executor)
         execute(missing, jobs, executor=executor)
-    found = find(configs, profile, fresh)
-    assert all(record is not None for record in found)
-    return of_one_text([record for record in found if record is not None], f"profile {profile}")
+    return of_one_text(_all_there(configs, find(configs, profile, fresh)), f"profile {profile}")
+
+
+def _all_there(configs: Sequence[RunConfig], found: Sequence[Record | None]) -> list[Record]:
+    """The records, or StudyError if one is missing though no run failed: a run is named by what it read as it began."""
+    lost = [config for config, record in zip(configs, found, strict=True) if record is None]
+    if lost:
+        why = "the file of its optimiser or the text was changed meanwhile; run the same command again"
+        raise StudyError(f"{describe(lost[0])}: what was trained is not what was asked for, as {why}")
+    return [record for record in found if record is not None]
 
 
 def expected(configs: Sequence[RunConfig], profile: str, jobs: int | None = None) -> str:

@@ -62,11 +62,13 @@ def _orphaned() -> bool:
 def pinned(config: RunConfig, progress: bool = True) -> RunConfig:
     """The configuration with its data prepared and their fingerprint filled in, which makes the run's name final.
 
-    ConfigError if an outer batch is larger than the text: it would hold some sequences twice.
+    ConfigError if its batch or that of its start is larger than the text: it would hold some sequences twice.
     """
     files = prepare(config.data, progress)
-    if config.outer_batch > (most := files.sequences("train")):
-        raise ConfigError(f"outer_batch: {config.outer_batch} sequences; allowed: at most the text's {most}")
+    most, start = files.sequences("train"), config.start.batch if config.start.chinchilla_fraction else 0
+    for field, batch in (("outer_batch", config.outer_batch), ("start.batch", start)):
+        if batch > most:
+            raise ConfigError(f"{field}: {batch} sequences; allowed: at most the text's {most}")
     known = {"data.fingerprint": files.fingerprint, "method.inner.source": source_hash(config.method.inner.optimizer)}
     return config.replace(known)
 

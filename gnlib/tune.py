@@ -116,7 +116,9 @@ def tune(
     if tunable(setting) != setting:
         raise ConfigError(f"method: {setting.name} runs with the settings of {setting.base}, tune that")
     command = command_for(profile, setting)
-    axes = axes_of(profile, setting)
+    if not (axes := axes_of(profile, setting)):
+        own = ", ".join(axis.field for axis in _all_axes(profile, setting))
+        raise ConfigError(f"profile: {profile!r} tunes none of the fields that {name} is tuned by: {own}")
     target = -math.inf if setting.budget else find_profile(profile).target
 
     def config(settings: Changes) -> RunConfig:

@@ -7,11 +7,10 @@ tuned nearby, then what `gnlib tune` found for the setting itself (tuned.json's 
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, replace
 
 from gnlib.config import ConfigError, RunConfig
-from gnlib.methods import ALL_METHODS, METHODS, Changes
+from gnlib.methods import ALL_METHODS, METHODS, Changes, check_name
 from gnlib.profiles import find_profile, run_config, tuning
 
 
@@ -127,10 +126,7 @@ class Setting:
 
 def find_setting(name: str, batch: int | None = None, budget: bool = False) -> Setting:
     """ConfigError with the near names for an unknown one."""
-    known = ALL_METHODS | VARIANTS
-    if name not in known:
-        near = difflib.get_close_matches(name, known) or list(known)
-        raise ConfigError(f"method: no method {name!r}; near or allowed: {', '.join(near)}")
+    check_name(name, ALL_METHODS | VARIANTS)
     if batch is not None and batch < 1:
         raise ConfigError(f"batch: {batch}; at least 1 sequence")
     return Setting(name, batch, budget)
@@ -181,7 +177,7 @@ def scaled(profile: str, config: RunConfig, setting: Setting) -> RunConfig:
     if setting.at_home(profile):
         return config
     ratio, inner = batch / config.outer_batch, config.method.inner
-    steps = find_profile(profile).budget // batch if setting.budget else length(config.outer_steps, ratio, setting)
+    steps = _budget_steps(profile, batch) if setting.budget else length(config.outer_steps, ratio, setting)
     evaluated = steps // 8 if setting.budget else config.evaluation.sequences // (2 * batch)
     changes: Changes = {
         "outer_batch": batch,
@@ -192,6 +188,17 @@ def scaled(profile: str, config: RunConfig, setting: Setting) -> RunConfig:
     if setting.is_gauss_newton:
         changes["method.inner.steps"] = max(1, round(inner.steps * ratio))
     return config.replace(changes)
+
+
+def _budget_steps(profile: str, batch: int) -> int:
+    """ConfigError for a batch at which a run would not read the whole budget, or in less than two steps."""
+    budget = find_profile(profile).budget
+    if not budget:
+        raise ConfigError(f"budget: profile {profile!r} has none")
+    if budget % batch or budget < 2 * batch:
+        allowed = f"one that divides the budget of profile {profile!r}, {budget}, into 2 steps or more"
+        raise ConfigError(f"batch: {batch} sequences; allowed: {allowed}")
+    return budget // batch
 
 
 def _rates(profile: str, setting: Setting) -> Changes:
@@ -230,8 +237,6 @@ def _ending(profile: str, setting: Setting) -> Changes:
     is constant, for which the number of steps is a cap."""
     constant = _changes(setting).get("method.inner.schedule") == "constant"
     if setting.budget:
-        if not find_profile(profile).budget:
-            raise ConfigError(f"budget: profile {profile!r} has none")
         return {"evaluation.stop_below": None}
     if setting.is_gauss_newton and not constant:
         return {}

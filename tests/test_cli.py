@@ -17,12 +17,13 @@ import pytest
 from gnlib import arguments, cli
 from gnlib import record as records
 from gnlib import tune as tuning
-from gnlib.methods import METHODS
+from gnlib.config import ConfigError, RunConfig
+from gnlib.methods import ALL_METHODS, METHODS
 from gnlib.profiles import PROFILES, run_config
 from gnlib.record import Record
 from gnlib.studies import STUDIES
 from gnlib.study import UnfinishedError
-from gnlib.variants import Setting
+from gnlib.variants import VARIANTS, Setting, home_batch, setting_config
 
 COMMANDS = ("profiles", "prepare", "train", "study", "sweep", "tune", "compare", "claims", "export", "verify")
 SHORT = ("--profile", "tiny", "--method", "adamw", "--set", "start.chinchilla_fraction=0", "--set", "outer_steps=1")
@@ -173,6 +174,15 @@ def test_an_unknown_method_after_a_known_one_is_refused_before_anything_is_tuned
     assert not files(home)
 
 
+@pytest.mark.parametrize("further", [[], ["--dry-run"], ["--no-run"]])
+def test_a_budget_at_a_batch_that_does_not_divide_it_is_refused_before_anything_is_tuned(
+    further: list[str], gnlib: Call, home: Path
+) -> None:
+    tune = ("tune", "--profile", "tiny", "--methods", "adamw", "--budget", "--batch")
+    assert "batch: 256 sequences; allowed: one that divides the budget" in refused(gnlib(*tune, "256", *further))
+    assert not files(home)
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
@@ -297,6 +307,26 @@ def test_train_takes_numbers_words_and_null(gnlib: Call, home: Path) -> None:
 def test_values_are_read_as_json_or_python_writes_them(text: str, value: object) -> None:
     """`nesterov=False` must not become a text, which is true."""
     assert arguments.assignment(f"nesterov={text}") == ("nesterov", value)
+
+
+@pytest.mark.parametrize("method", [*ALL_METHODS, *VARIANTS])
+def test_every_method_and_variant_can_be_trained_by_name_as_its_studies_run_it(
+    method: str, gnlib: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[RunConfig] = []
+
+    def looked_at(config: RunConfig) -> None:
+        asked.append(config)
+        raise ConfigError("looked at")
+
+    monkeypatch.setattr(cli, "check", looked_at)
+    for profile in PROFILES:
+        gnlib("train", "--profile", profile, "--method", method, "--seed", "3", "--set", "start.seed=5")
+    changes = {"start.seed": 5}
+    for profile, config in zip(PROFILES, asked, strict=True):
+        own = setting_config(profile, Setting(method, home_batch(profile)), 3, changes)
+        assert config.run_id == own.run_id
+        assert method in VARIANTS or own.run_id == run_config(profile, method, 3, changes).run_id
 
 
 def test_train_shows_progress_unless_quiet(gnlib: Call) -> None:

@@ -232,6 +232,21 @@ def test_what_cannot_be_is_one_line_before_anything_runs(
     assert not runs.rounds and not list(home.iterdir())
 
 
+@pytest.mark.parametrize("missing", [["pandas"], ["matplotlib", "seaborn"]])
+def test_without_the_packages_of_the_figure_the_extra_is_named_before_anything_runs(
+    missing: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = runs_on(bowl(0.02), monkeypatch)
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(sys, "argv", ["gnlib", "compare", EXAMPLE])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    why = f"gnlib: compare: table and figure need {', '.join(missing)}: pip install 'gnlib[figures]'\n"
+    assert (stop.value.code, *capsys.readouterr()) == (2, "", why)
+    assert not runs.rounds and not list(home.iterdir())
+
+
 # ---------------------------------------------------------------- ratios
 
 

@@ -90,6 +90,19 @@ def test_a_byte_order_mark_and_hidden_files_are_not_text_and_leading_blank_lines
     assert list(corpus.documents(str(tmp_path / "a.txt"))) == ["One.\n\nStill one."]
 
 
+def test_files_in_hidden_folders_below_a_source_are_not_text_and_change_nothing(tmp_path: Path) -> None:
+    source = tmp_path / ".kept" / "books"  # what the folder itself lies in may be hidden
+    (source / "deep").mkdir(parents=True)
+    write(source / "a.txt", ["One."])
+    write(source / "deep" / "b.jsonl", ["Two."])
+    before = corpus.identity(str(source))
+    for folder in (".ipynb_checkpoints", "deep/.git/objects"):
+        (source / folder).mkdir(parents=True)
+        write(source / folder / "a-checkpoint.txt", ["Not this."])
+    assert list(corpus.documents(str(source))) == ["One.", "Two."]
+    assert corpus.identity(str(source)) == before and len(before) == 2
+
+
 def test_a_group_of_a_txt_file_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "allowed for .jsonl and .parquet files" in refusal(str(write(tmp_path / "a.txt", TEXTS)), group="id")
 
@@ -176,6 +189,26 @@ def test_unreadable_sources_are_refused_in_one_line(tmp_path: Path) -> None:
     for name in ("latin.txt", "bad.txt.gz", "bad.txt.zst", "bad.parquet", "bad.parquet.gz"):
         message = refusal(str(tmp_path / name))
         assert "unreadable" in message and name in message
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [([b"caf\xc3\xa9"], "bytes"), ([0, 1], "int"), ([[], ["words"]], "list"), ([{"en": "words"}], "dict")],
+)
+def test_a_parquet_column_that_holds_no_strings_is_refused_in_one_line(
+    values: list[object], kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "words.parquet"
+    pq.write_table(pa.table({"text": values}), path)
+    expected = f"the column text holds {kind}, not strings"
+    assert refusal(str(path)) == f"data.source: {path}: {expected}"
+    assert refusal(f"c4:{tmp_path}") == f"data.source: {tmp_path}: {expected}"
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
+def test_strings_of_every_width_and_of_dictionaries_are_read_from_parquet(kind: pa.DataType, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array(TEXTS).cast(kind)}), tmp_path / "text.parquet")
+    assert list(corpus.documents(str(tmp_path / "text.parquet"))) == TEXTS
 
 
 def test_c4_without_the_package_or_the_network_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

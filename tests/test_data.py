@@ -200,6 +200,18 @@ def test_pieces_of_a_long_document_give_the_tokens_of_the_whole(
     assert prepare(config, progress=False).fingerprint == whole.fingerprint
 
 
+def test_a_run_without_spaces_that_is_longer_than_a_piece_is_cut_all_the_same(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the space that its first piece begins with, which may not be cut at again, for ever."""
+    monkeypatch.setattr(preparation, "_PIECE", 10)
+    text = f"words {'x' * 35} and words"
+    config = DataConfig(source=str(jsonl(home / "long.jsonl", [text])), validation_fraction=0.1)
+    pieces = [piece.text for piece in islice(preparation._pieces(config, 0), len(text) + 1)]
+    assert "".join(pieces) == text and all(1 <= len(piece) <= 10 for piece in pieces)
+    assert pieces[:2] == ["words", " xxxxxxxxx"]
+
+
 def test_max_tokens_stops_at_the_end_of_a_document(config: DataConfig) -> None:
     files = prepare(config.model_copy(update={"max_tokens": 5_000}), progress=False)
     assert 5_000 <= len(files.train) < 5_500 and files.train[-1] == 0

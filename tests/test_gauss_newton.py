@@ -369,6 +369,20 @@ def test_the_state_of_another_setting_is_refused_and_nothing_is_loaded(other: di
     assert optimizer.outer.done == 0
 
 
+def test_the_state_of_other_options_of_the_same_optimiser_is_refused_and_nothing_is_loaded() -> None:
+    """As options lie in the groups of parameters, those of the state would take the place of one's own unsaid."""
+
+    def made(**options: bool) -> GaussNewton:
+        return newton(classifier_case().model, inner=InnerConfig(optimizer="muon", steps=2, options=options))
+
+    first, other, same = made(nesterov=True), made(nesterov=False), made(nesterov=True)
+    first.step(batches(classifier_case().inputs, classifier_case().targets, 3))
+    assert "other options of it" in refused(lambda: other.load_state_dict(first.state_dict()))
+    assert other.outer.done == 0
+    same.load_state_dict(first.state_dict())
+    assert same.outer.done == 1
+
+
 @pytest.mark.parametrize("name", ["soap", "shampoo", "schedule_free", "sinkgd", "adam", "conjugate_gradient"])
 def test_a_state_fits_what_made_it_whatever_its_optimiser_adds_and_no_sibling(name: str) -> None:
     """Some put a count of steps into their groups; the states of others look like those of a sibling."""

@@ -321,6 +321,18 @@ class Fixed(torch.optim.SGD):
                 p.data -= 0.01 * p.grad
 
 
+class Rateless(torch.optim.Optimizer):
+    """Its groups have their rate under another name, where no schedule would find it."""
+
+    def __init__(self, params: list[Tensor], lr: float = 0.01) -> None:
+        super().__init__(params, {"rate": lr})
+
+
+def test_an_optimiser_whose_groups_have_no_rate_is_refused() -> None:
+    name = f"{__name__}.Rateless"
+    assert _refused(optimizer=name) == f"method.inner.optimizer: {name} has no learning rate lr"
+
+
 def test_an_optimiser_whose_steps_do_not_depend_on_its_groups_rate_is_refused() -> None:
     inner = InnerConfig(optimizer=f"{__name__}.Fixed", lr=0.02)
     with pytest.raises(ConfigError, match=r"Fixed: its steps do not follow the lr of its parameter groups"):
@@ -431,3 +443,18 @@ def test_the_hash_of_a_file_that_imports_nothing_beside_it_is_that_of_its_bytes(
     (tmp_path / "hashed_alone.py").write_bytes(text)
     monkeypatch.syspath_prepend(tmp_path)
     assert source_hash("hashed_alone.Alone") == hashlib.sha256(text).hexdigest()[:12]
+
+
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages"])
+def test_the_hash_of_an_installed_packages_class_is_that_of_its_file_alone(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version of the package speaks for what else it holds, which may be many files."""
+    package = f"hashed_{folder[:4]}"
+    own = tmp_path / folder / package / "own.py"
+    own.parent.mkdir(parents=True)
+    own.with_name("__init__.py").touch()
+    own.with_name("near.py").write_text("SCALE = 1.0\n")
+    own.write_text("import torch\nfrom .near import SCALE\nclass Own(torch.optim.SGD):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path / folder)
+    assert source_hash(f"{package}.own.Own") == hashlib.sha256(own.read_bytes()).hexdigest()[:12]

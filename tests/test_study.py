@@ -20,6 +20,7 @@ from gnlib import studies, study
 from gnlib.claims import claims
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import data_folder
+from gnlib.import_path import source_hash
 from gnlib.methods import METHODS, method_of
 from gnlib.profiles import PROFILES, find_profile, run_config
 from gnlib.record import Record
@@ -264,6 +265,34 @@ def test_the_inline_executor_trains_in_this_process_with_the_same_losses(monkeyp
     assert run_study([short("soap")], "tiny")[0].status == "finished"
     again = train(configs[0], torch.device("cpu"))
     assert [row["val_loss"] for row in again.rows] == [row["val_loss"] for row in inline[0].rows]
+
+
+def test_an_optimiser_whose_file_is_edited_while_it_trains_is_one_line_that_says_so(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run has the name of the edited file; asked for again it is another, and is trained."""
+    path = home / "edited_meanwhile.py"
+    path.write_text("import torch\nclass Own(torch.optim.SGD):\n    pass\n")
+    monkeypatch.syspath_prepend(home)
+
+    def edited_first(configs: Sequence[RunConfig], jobs: study.Jobs, keep_weights: bool) -> None:
+        path.write_text(path.read_text() + "# edited\n")
+        study.run_inline(configs, jobs, keep_weights)
+
+    def asked() -> RunConfig:
+        own = "edited_meanwhile.Own"
+        return short("adamw", method__inner__optimizer=own, method__inner__source=source_hash(own))
+
+    monkeypatch.setitem(study.EXECUTORS, "editing", edited_first)
+    before = asked()
+    with pytest.raises(StudyError) as caught:
+        run_study([before], "tiny", executor="editing")
+    assert str(caught.value) == (
+        f"{describe(before)}: what was trained is not what was asked for, as the file of its optimiser or the text was "
+        "changed meanwhile; run the same command again"
+    )
+    assert asked() != before
+    assert run_study([asked()], "tiny", executor="inline")[0].status == "finished"
 
 
 def test_an_unknown_executor_is_refused(launched: list[list[str]]) -> None:

@@ -238,29 +238,39 @@ def test_a_sweep_of_nothing_is_refused_with_the_studies_there_are() -> None:
 
 
 def test_no_more_runs_than_slots_are_under_way_over_all_chains(monkeypatch: pytest.MonkeyPatch) -> None:
-    running, most, lock = [0], [0], threading.Lock()
+    """Of five that could run at once; they end when one is refused a slot and those with a slot are all under way."""
+    running, most, taken, lock, refused = [0], [0], [0], threading.Lock(), threading.Event()
+    take, given_up = Slots.take, time.monotonic() + 60
+
+    def observed(slots: Slots) -> int | None:
+        with lock:
+            slot = take(slots)
+            taken[0] += slot is not None
+            if slot is None and running[0] == taken[0]:
+                refused.set()
+        return slot
 
     class Process:
         returncode = 0
 
         def __init__(self) -> None:
-            self.end = time.monotonic() + 0.05
             with lock:
                 running[0] += 1
                 most[0] = max(most[0], running[0])
 
         def poll(self) -> int | None:
-            if time.monotonic() < self.end:
+            if not refused.is_set() and time.monotonic() < given_up:
                 return None
             with lock:
                 running[0] -= 1
             return 0
 
+    monkeypatch.setattr(Slots, "take", observed)
     monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(study, "_spawn", lambda *_: Process())
     monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, **_: study.execute(configs, jobs))
     sweep(["critical_batch_size"], "tiny", jobs=3, tuned=False, seeds=[1])
-    assert most[0] == 3 and running[0] == 0
+    assert refused.is_set() and most[0] == 3 and running[0] == 0
 
 
 def test_a_sweep_stops_after_its_minutes_and_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,6 +365,19 @@ def test_a_run_that_cannot_be_launched_does_not_keep_its_slot(monkeypatch: pytes
     with pytest.raises(OSError, match="no memory"):
         study.execute([short("adamw")], slots)
     assert slots.take() == 0
+
+
+def test_a_file_whose_writing_fails_stays_as_it_was_with_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("old")
+
+    def write_half(temporary: Path) -> None:
+        temporary.write_text("half of the n")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"), replacing(path) as temporary:
+        write_half(temporary)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_two_threads_may_write_the_same_file(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import json
 import math
 import os
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -237,6 +238,9 @@ def test_data_that_do_not_fit_are_refused_before_anything_runs(home: Path) -> No
         run(cold("adamw").replace({"data.sequence_length": 1_000_000}))
     with pytest.raises(ConfigError, match=r"outer_batch: 1000000 sequences; allowed: at most the text's [0-9]+"):
         run(cold("adamw").replace({"outer_batch": 1_000_000}))
+    with pytest.raises(ConfigError, match=r"^start\.batch: 1000000 sequences; allowed: at most the text's [0-9]+$"):
+        run(run_config("tiny", "adamw", changes={"start.batch": 1_000_000}))
+    assert pinned(cold("adamw", start__batch=1_000_000)).start.batch == 1_000_000  # of no start, which is not made
     assert not (home / "data" / "runs").exists()
 
 
@@ -529,17 +533,18 @@ def raising(error: Exception) -> Callable[..., Any]:
     return load
 
 
-def test_a_second_process_on_a_run_says_that_it_waits(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_process_on_a_run_says_that_it_waits(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, flushed = io.StringIO(), threading.Event()
+    monkeypatch.setattr(said, "flush", flushed.set)
+    monkeypatch.setattr(sys, "stderr", said)
     monkeypatch.setattr("gnlib.files.PATIENCE", 0.05)
     with ThreadPoolExecutor(1) as threads:
         with exclusive(home / "run"):
             second = threads.submit(_held, home / "run")
-            time.sleep(0.5)
+            told = flushed.wait(timeout=60)
             waiting = not second.done()
-        assert waiting and second.result(timeout=10)
-    assert capsys.readouterr().err == f"gnlib: {home / 'run'}: another process is at it; waiting\n"
+        assert told and waiting and second.result(timeout=60)
+    assert said.getvalue() == f"gnlib: {home / 'run'}: another process is at it; waiting\n"
 
 
 def _held(path: Path) -> bool:

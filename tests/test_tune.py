@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from gnlib import record as records
 from gnlib import tune as tuning
 from gnlib.config import ConfigError, RunConfig
 from gnlib.files import replacing
-from gnlib.profiles import find_profile, run_config
+from gnlib.methods import ALL_METHODS
+from gnlib.profiles import PROFILES, TUNABLE, find_profile, run_config
 from gnlib.record import Record
 from gnlib.study import StudyError
 from gnlib.tune import STEPS, axes_of, command_for, ensure_tuned, ladder, open_fields, score, tune
-from gnlib.variants import Setting, setting_config
+from gnlib.variants import VARIANTS, Setting, setting_config
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -389,6 +391,22 @@ def test_a_profile_of_dear_trials_says_which_fields_are_searched() -> None:
     for method in ("gauss_newton", "muon"):
         fields = [axis.field for axis in axes_of("english-45m", Setting(method))]
         assert fields == ["method.inner.lr", "method.inner.adam_lr"]
+
+
+def test_the_fields_that_a_profile_may_name_are_those_of_all_axes() -> None:
+    names = {axis.field for name in (*ALL_METHODS, *VARIANTS) for axis in axes_of("laptop", Setting(name))}
+    assert names == set(TUNABLE) and len(TUNABLE) == len(names)
+
+
+def test_a_method_without_any_of_the_fields_that_its_profile_tunes_is_refused_with_its_own(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROFILES, "tiny", replace(PROFILES["tiny"], tuned=("method.inner.adam_lr",)))
+    with pytest.raises(ConfigError) as caught:
+        tune("tiny", "adamw")
+    fields = "method.inner.lr, outer_steps, method.inner.warmup"
+    assert str(caught.value) == f"profile: 'tiny' tunes none of the fields that adamw is tuned by: {fields}"
+    assert not list(home.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,14 @@ def test_batches_are_powers_of_four_apart_with_the_profiles_own_and_divide_the_b
         ({"base": {"outer_batch": 128}}, "the outer batch of 'tiny', 128, is not among its batches 16, 64"),
         ({"budget": 100}, "the budget of 'tiny', 100, is no multiple, twice or more, of 16, 64"),
         ({"budget": 64}, "the budget of 'tiny', 64, is no multiple, twice or more, of 16, 64"),
+        ({"batches": (64, 16)}, "the batches of 'tiny', 64, 16, do not ascend"),
+        ({"batches": (16, 64, 64)}, "the batches of 'tiny', 16, 64, 64, do not ascend"),
+        ({"methods": {"gauss_newtn": {}}}, "methods of 'tiny': no method 'gauss_newtn'; near or allowed: gauss_newton"),
+        ({"longer": {"sophia": 9}}, "longer of 'tiny': no method 'sophia'; near or allowed: sophia_g, soap"),
+        ({"tuned": ("outer_steps", "inner.lr")}, "tuned of 'tiny': no field 'inner.lr' is tuned; allowed: method.*"),
     ],
 )
-def test_a_profile_whose_batches_do_not_fit_together_is_refused(
+def test_a_profile_whose_fields_do_not_fit_together_or_would_be_ignored_is_refused(
     changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PROFILES, "tiny", replace(PROFILES["tiny"], **changes))
@@ -210,6 +215,16 @@ def test_a_budget_gives_the_number_of_steps_and_is_read_to_its_end() -> None:
             assert config.outer_steps * config.outer_batch == find_profile("laptop").budget
             assert config.method.inner.warmup <= config.outer_steps / 2
             assert config.evaluation.stop_below is None
+
+
+@pytest.mark.parametrize("batch", [48, 128, 256])  # no divisor; one step; none
+@pytest.mark.parametrize("name", ["adamw", "gauss_newton", "cold_start"])
+def test_a_batch_that_does_not_divide_the_budget_into_two_steps_or_more_is_refused(name: str, batch: int) -> None:
+    """The run would read another number of tokens than the budget."""
+    allowed = "allowed: one that divides the budget of profile 'tiny', 128, into 2 steps or more"
+    with pytest.raises(ConfigError, match=f"^batch: {batch} sequences; {allowed}$"):
+        setting_config("tiny", Setting(name, batch, budget=True))
+    assert setting_config("tiny", Setting(name, 32, budget=True)).outer_steps == 4
 
 
 def test_what_was_tuned_for_a_setting_is_used_there_and_nowhere_else(home: Path) -> None:
