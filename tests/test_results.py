@@ -236,8 +236,11 @@ def test_the_settings_of_a_method_are_those_of_its_runs() -> None:
     records[0].config = records[0].config.replace(changes | {"method.inner.warmup": 3, "method.inner.steps": 1})
     records[1].config = records[1].config.replace(changes | {"method.inner.warmup": 2, "method.inner.adam_lr": None})
     frame = results.settings(records)
-    assert list(frame.loc["Muon"])[:-1] == [1024, 7, 1, "muon", 0.3, "0.2", 3]
-    assert list(frame.loc["GN"])[:-1] == [1024, 7, 4, "muon", 0.3, "", 2]
+    assert list(frame.loc["Muon"])[:-1] == [1024, 7, 1, "muon", "0.3", "0.2", 3]
+    assert list(frame.loc["GN"])[:-1] == [1024, 7, 4, "muon", "0.3", "", 2]
+    solved = {"method.inner.optimizer": "conjugate_gradient", "method.inner.schedule": "constant"}
+    records[1].config = records[1].config.replace(solved)
+    assert results.settings(records).loc["GN", "lr"] == ""  # which has none
 
 
 def test_beyond_its_end_a_run_keeps_its_last_value_and_between_evaluations_it_is_interpolated() -> None:
