@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 from gnlib import bench
+from gnlib.critical_batch import critical
 from gnlib.measures import Measure
 from gnlib.profiles import find_profile, tuning
+from gnlib.record import Record
 from gnlib.results import Estimate, by_method
 from gnlib.studies import complete_settings, study_runs
 from gnlib.study import of_one_text
@@ -48,24 +50,31 @@ class Claim:
         return self.holds if isinstance(self.holds, str) else ("yes" if self.holds else "NO")
 
 
-def every(settings: Sequence[Setting], complete: Collection[Setting]) -> list[Setting]:
+Complete = Mapping[Setting, Sequence[Record]]  # the settings that have all of their runs
+
+
+def every(settings: Sequence[Setting], complete: Complete, target: float) -> list[Setting]:
     """All settings decide."""
     return list(settings)
 
 
-def largest_batch(settings: Sequence[Setting], complete: Collection[Setting]) -> list[Setting]:
+def largest_batch(settings: Sequence[Setting], complete: Complete, target: float) -> list[Setting]:
     """The claim is about the largest batch alone."""
     most = max((setting.batch or 0 for setting in settings), default=0)
     return [setting for setting in settings if (setting.batch or 0) == most]
 
 
-def first_batches(settings: Sequence[Setting], complete: Collection[Setting]) -> list[Setting]:
-    """Of each method the batches up to the first whose runs are missing: where scaling first fails does not depend on
-    larger ones, and where it does not fail yet, that is a bound."""
+def first_batches(settings: Sequence[Setting], complete: Complete, target: float) -> list[Setting]:
+    """Of each method the batches up to the first that is past its critical batch on all data orders, or whose runs are
+    missing: where scaling first fails does not depend on larger ones, and where it does not fail yet, that is a bound.
+    """
     chosen = []
     for name in dict.fromkeys(setting.name for setting in settings):
         smallest, *larger = sorted((s for s in settings if s.name == name), key=lambda setting: setting.batch or 0)
-        chosen += [smallest, *takewhile(complete.__contains__, larger)]
+        own = [smallest, *takewhile(complete.__contains__, larger)]
+        runs = [[record for s in own[:count] for record in complete.get(s, ())] for count in range(2, len(own))]
+        found = (critical(records, target) for records in runs)
+        chosen += own[: next((count for count, one in enumerate(found, 2) if one.bound != "above"), len(own))]
     return chosen
 
 
@@ -90,8 +99,8 @@ class Question:
     measure: Measure | None = None
     at_least: float | None = None
     at_most: float | None = None
-    decided_by: Callable[[Sequence[Setting], Collection[Setting]], list[Setting]] = every
-    """Which of their settings need all of their runs, of all and of the complete ones."""
+    decided_by: Callable[[Sequence[Setting], Complete, float], list[Setting]] = every
+    """Which of their settings need all of their runs, of all and of the complete ones, for a target loss."""
     also_in: str = ""
     """Another study that has the same runs, whose notebook shows it too."""
 
@@ -101,12 +110,13 @@ class Question:
             return unanswered
         complete = complete_settings(self.study, profile, seeds, self.methods, fresh)
         settings = dict.fromkeys(run.setting for run in study_runs(self.study, profile, seeds, self.methods))
-        decisive = self.decided_by(_without_missing(settings, complete, find_profile(profile).larger), complete)
+        target = find_profile(profile).target
+        decisive = self.decided_by(_without_missing(settings, complete, find_profile(profile).larger), complete, target)
         if not decisive or not complete.keys() >= set(decisive):  # none where the profile lacks what the study needs
             return unanswered
         records = [record for setting in decisive for record in complete[setting]]
         of_one_text(records, f"{self.study}, profile {profile}")
-        found = self.measure(by_method(records), find_profile(profile).target)
+        found = self.measure(by_method(records), target)
         of_tuning = any(record.config.seed == SEED for record in records)
         borrowed = any(tunable(setting) != setting for setting in decisive)
         marks = _marks([tuning(profile, name) for name in {key(profile, s) for s in decisive}], borrowed or of_tuning)

@@ -175,10 +175,31 @@ def test_a_batch_larger_than_the_profiles_decides_once_all_of_its_runs_are_there
     assert [answer[:4] for answer in answers] == ["2.00", "2.00", "4.00"]
 
 
+def runs_of(setting: Setting, *steps: int) -> list[Record]:
+    """At the setting's batch, which takes these steps to the target on as many data orders."""
+    found = [made(setting.name, reaching(count), seed) for seed, count in enumerate(steps)]
+    for record in found:
+        record.config = record.config.replace(outer_batch=setting.batch)
+    return found
+
+
 def test_batches_count_up_to_the_first_whose_runs_are_missing() -> None:
     settings = [Setting("soap", batch) for batch in (1024, 256, 4096)] + [Setting("muon", 256)]
-    assert first_batches(settings, {Setting("soap", 256), Setting("soap", 4096)}) == [settings[1], settings[3]]
-    assert first_batches(settings, settings) == [settings[1], settings[0], settings[2], settings[3]]
+    steps, target = {256: 16, 1024: 4, 4096: 1}, find_profile("tiny").target  # larger batches scale on
+    there = {setting: runs_of(setting, steps[setting.batch or 0]) for setting in settings}
+    lost = {setting: runs for setting, runs in there.items() if setting.batch != 1024}
+    assert first_batches(settings, lost, target) == [settings[1], settings[3]]
+    assert first_batches(settings, there, target) == [settings[1], settings[0], settings[2], settings[3]]
+
+
+def test_batches_count_up_to_the_first_past_the_critical_one_on_all_data_orders() -> None:
+    """How the larger ones were tuned is no matter of the claim's."""
+    settings, target = [Setting("soap", batch) for batch in (256, 1024, 4096, 16384)], find_profile("tiny").target
+    past = {1: (16, 10, 10, 10), 2: (16, 4, 3, 3), 3: (16, 4, 1, 1)}  # steps, by the batch at which 1.2 is exceeded
+    for first, second, count in ((1, 1, 2), (1, 2, 3), (2, 1, 3), (3, 1, 4), (1, 3, 4)):
+        steps = zip(settings, past[first], past[second], strict=True)
+        there = {setting: runs_of(setting, *both) for setting, *both in steps}
+        assert first_batches(settings, there, target) == settings[:count]
 
 
 def test_adamws_critical_batch_is_compared_with_the_smaller_of_soaps_and_muons(home: Path) -> None:
