@@ -21,9 +21,9 @@ Block = list[str]  # names of parameters
 def partition(model: nn.Module, kind: Literal["full", "layerwise", "matrix"]) -> list[Block]:
     """The model's trainable parameters, each in exactly one block.
 
-    The layers of a foreign module are its direct children, where a ModuleList or Sequential counts as its members and
-    a child that has a ModuleList of its own (the trunk of a Hugging Face model) as its children. A tied weight belongs
-    to the layer that comes first.
+    The layers of a foreign module, and of a Decoder with parameters tied, added or parametrised, are its direct
+    children, where a ModuleList or Sequential counts as its members and a child that has a ModuleList of its own (the
+    trunk of a Hugging Face model) as its children. A tied weight belongs to the layer that comes first.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if kind == "full":
@@ -73,4 +73,5 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     excluded = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     excluded.update(linears[-1:])
-    return {name for name, p in model.named_parameters() if p.ndim == 2 and name.rpartition(".")[0] not in excluded}
+    prefixes = tuple(f"{name}." for name in excluded)  # also of a parametrised one
+    return {name for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith(prefixes)}

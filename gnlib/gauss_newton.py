@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sized
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -84,9 +85,9 @@ class GaussNewton:
             raise ConfigError(f"model: a torch.nn.Module is needed, got {type(model).__name__}")
         if not isinstance(inner, (str, InnerConfig)):
             raise ConfigError(f"inner: an optimiser's name or a gnlib.InnerConfig, got {type(inner).__name__}")
-        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        if not _is_count(accumulate):
             raise ConfigError(f"accumulate: {accumulate!r}; a whole number of batches, at least 1")
-        if outer_steps is not None and not (type(outer_steps) is int and outer_steps > 0):
+        if outer_steps is not None and not _is_count(outer_steps):
             raise ConfigError(f"outer_steps: {outer_steps!r}; a whole number, at least 1, or None")
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError("model: it has no trainable parameter")
@@ -124,10 +125,6 @@ class GaussNewton:
         whatever their size, and go to the model's device. If an error is raised, the model is as it was;
         after one from within the step, as of a batch that does not fit, the next step has no warm start.
         """
-        with torch.enable_grad():
-            return self._step(batches, search)
-
-    def _step(self, batches: Iterable[Batch], search: Iterable[Batch] | None) -> StepInfo:
         if self.outer_steps is not None and self.outer.done >= self.outer_steps:
             raise ConfigError(f"outer_steps: all {self.outer_steps} steps of the schedule have been taken")
         solving, searching = self.batches_per_step
@@ -138,8 +135,9 @@ class GaussNewton:
         if type(self.loss) is CrossEntropy:
             _check_padding(taken)
         stream = _Batches(taken, self.outer.device)
-        self._check_model(*stream.peek())
-        return self.outer.step(stream)
+        with torch.enable_grad():
+            self._check_model(*stream.peek())
+            return self.outer.step(stream)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner solution, its optimisers' state and the number of steps done, without the model's parameters.
@@ -269,8 +267,13 @@ def _check_batch(batch: Any) -> None:
 
 
 def _check_padding(batches: list[Batch]) -> None:
-    if any(targets.numel() and targets.min() < 0 for _, targets in batches):
+    if any(not targets.is_floating_point() and targets.numel() and targets.min() < 0 for _, targets in batches):
         raise ConfigError("batches: negative class indices (padding) cannot be targets; cut the sequences instead")
+
+
+def _is_count(value: Any) -> bool:
+    """1, 2, ...; NumPy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def _scheduled(inner: InnerConfig, outer_steps: int | None) -> InnerConfig:

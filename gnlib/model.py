@@ -185,20 +185,43 @@ def has_own_layers(model: nn.Module) -> TypeGuard[Decoder]:
 
 
 def is_plain(model: nn.Module) -> TypeGuard[Decoder]:
-    """Whether rules written by hand for the Decoder are this model's: no class derived from it, from a block or from a
-    layer, no forward hook, no parameter tied, added or taken away. Asked at each inner step, so quick."""
+    """Whether rules written by hand for the Decoder are this model's: nothing derived from its classes, replaced, tied
+    or added, no hook and no forward of an instance's own. Asked at each inner step, so quick."""
     if type(model) is not Decoder or any(type(block) is not Block for block in model.blocks):
         return False
-    trunk, layers = (model, *model.blocks), [model.embedding, model.final_norm, model.head]
-    layers += [layer for block in model.blocks for layer in block._modules.values() if layer is not None]
-    weights = [p for layer in layers for p in layer._parameters.values() if p is not None]
+    layers: list[tuple[nn.Module | None, type[nn.Module]]] = [(model.embedding, nn.Embedding), (model.head, nn.Linear)]
+    layers.append((model.final_norm, nn.RMSNorm))
+    for block in model.blocks:
+        layers += [(block._modules.get(name), kind) for name, kind in _KINDS.items()]
+    if not all(layer is not None and type(layer) is kind and _is_as_made(layer) for layer, kind in layers):
+        return False
+    children = len(model._modules) + sum(len(block._modules) for block in model.blocks)
     return (
-        len(layers) == len(weights) == len(set(map(id, weights))) == 3 + 10 * len(model.blocks)
-        and len(model._modules) == 4
-        and all(type(layer) in (nn.Embedding, nn.RMSNorm, nn.LayerNorm, nn.Linear) for layer in layers)
-        and not any(module._parameters for module in trunk)
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in (*trunk, *layers))
+        len({id(layer.weight) for layer, _ in layers if layer is not None}) == len(layers)
+        and children == len(layers) + 1  # the list of blocks
+        and not any(module._parameters or _is_changed(module) for module in (model, *model.blocks))
     )
+
+
+_KINDS: dict[str, type[nn.Module]] = {  # a block's layers
+    "norm1": nn.RMSNorm, "query": nn.Linear, "key": nn.Linear, "value": nn.Linear, "query_norm": nn.LayerNorm,
+    "key_norm": nn.LayerNorm, "out": nn.Linear, "norm2": nn.RMSNorm, "up": nn.Linear, "down": nn.Linear,
+}  # fmt: skip
+
+
+def _is_as_made(layer: nn.Module) -> bool:
+    """A weight and nothing else, and the settings that `Decoder` and `Block` give it."""
+    if [name for name, p in layer._parameters.items() if p is not None] != ["weight"] or _is_changed(layer):
+        return False
+    if isinstance(layer, nn.Embedding):
+        return layer.padding_idx is None and layer.max_norm is None
+    return getattr(layer, "eps", NORM_EPS) == NORM_EPS
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """By a hook, or by a forward of its own, as tools that wrap a model set it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or not {"forward", "features", "before", "after"}.isdisjoint(module.__dict__)
 
 
 def rope_table(length: int, features: int) -> Tensor:

@@ -180,27 +180,40 @@ def construct(kind: type[Optimizer], parameters: Named, inner: InnerConfig, **se
     An option that the class does not take is an error, since some optimisers swallow unknown keywords, and so is one
     that has come from a field of InnerConfig. A class with another number of betas keeps its own.
     """
-    known = inspect.signature(kind.__init__).parameters
-    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    known = _arguments(kind)
     common: dict[str, Any] = {"lr": inner.lr, "weight_decay": inner.weight_decay}
     own_betas = known["betas"].default if "betas" in known else ()
     if not isinstance(own_betas, tuple) or len(own_betas) == len(inner.betas):
         common["betas"] = inner.betas
     fields = (common | settings).keys() & type(inner).model_fields.keys()  # these are set as fields
-    reserved = {"self", "params", "args", "kwargs", *fields}
+    reserved = {"self", "params", "defaults", "args", "kwargs", *fields}
     unknown = [name for name in inner.options if name not in known or name in reserved]
     if unknown:
         allowed = [name for name in known if name not in reserved]
         names = ", ".join(allowed)
         raise ConfigError(f"method.inner.options: {kind.__name__} takes no {unknown[0]!r}; allowed: {names}")
-    taken = {name: value for name, value in common.items() if name in known or (name == "lr" and passes_on)}
+    own = inspect.signature(kind).parameters
+    wraps = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())  # perhaps another optimiser
+    taken = {name: value for name, value in common.items() if name in known or (name == "lr" and wraps)}
     try:
         made = kind(list(parameters.values()), **taken | settings | inner.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method.inner.options: {kind.__name__}: {error}") from None
-    if "lr" not in known and any(group.get("lr") != inner.lr for group in made.param_groups):
+    if "lr" not in own and any(group.get("lr") != inner.lr for group in made.param_groups):
         raise ConfigError(f"method.inner.optimizer: {kind.__name__} takes no learning rate by the name lr")
     return made
+
+
+def _arguments(kind: type[Optimizer]) -> dict[str, inspect.Parameter]:
+    """Of its constructor, and of those of the classes it derives from if it passes on to them what it does not name."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" in base.__dict__:
+            own = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+            found = {**own, **found}
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+                break
+    return found
 
 
 def _adamw(parameters: Named, inner: InnerConfig) -> Optimizer:

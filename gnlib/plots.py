@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +125,7 @@ def loss_curves(
 
 def _of_all_seeds(curves: pd.DataFrame) -> Any:
     """One method's evaluations by outer step, while none of its runs has ended: a mean of fewer would jump."""
+    curves = curves.dropna(subset=["val_loss"])  # of a diverged run's last
     seeds = curves.groupby("outer_step")["seed"].transform("nunique")
     return curves[seeds == seeds.max()].groupby("outer_step")
 
@@ -153,7 +155,8 @@ def cost_by_batch(
     which a run ended above the target.
     """
     _check_axis(axis, AXES)
-    strokes = critical if critical and axis == "outer_step" else {}
+    strokes = {name: one.mean for name, one in (critical or {}).items() if not one.bound and not math.isnan(one.mean)}
+    strokes = strokes if axis == "outer_step" else {}
     with _figure(title, _seeds(reached) + ("; stroke: B*" if strokes else ""), height=4.0) as (figure, axes):
         for name in _order(list(reached["method"].unique())):
             by_batch = reached[reached["method"] == name].groupby("batch")
@@ -163,8 +166,7 @@ def cost_by_batch(
             work = mean.iloc[0] * mean.index[0]  # tokens, at the smallest batch
             if axis == "outer_step":
                 axes.plot(mean.index, work / mean.index, color=colour, lw=0.8, linestyle=":")
-            if name in strokes and not strokes[name].bound:
-                place = strokes[name].mean
+            if place := strokes.get(name):
                 axes.plot([place], [EXCESS * work / place], "|", color=colour, markersize=14, markeredgewidth=1.5)
         cost = "Outer steps to the target" if axis == "outer_step" else f"{AXES[axis]},\nto the target"
         axes.set(yscale="log", ylabel=cost, ylim=(0.7 * reached[axis].min(), None))

@@ -285,10 +285,10 @@ def outdone(entry: dict[str, Any]) -> bool:
     if not trials or used.items() <= trials[0].items():
         return False
     best, length = trials[0], "outer_steps"
-    if not used.items() - best.items() <= {(length, used.get(length))} or best[length] < used[length]:
+    if not used.items() - best.items() <= {(length, used.get(length))} or best.get(length, 0) < used[length]:
         return True
     own: dict[str, Any] = next((trial for trial in trials if used.items() <= trial.items()), {})
-    steps, fewer = own.get("steps_to_target"), best["steps_to_target"]
+    steps, fewer = own.get("steps_to_target"), best.get("steps_to_target")
     return steps is None or fewer is None or steps > (1 + SATURATED) * fewer
 
 

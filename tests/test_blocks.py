@@ -127,6 +127,14 @@ def test_the_layers_of_a_sequential_model_are_its_members() -> None:
     assert partition(mlp((3, 4, 2), nn.Tanh), "layerwise") == [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
 
 
+def test_a_parametrised_head_or_embedding_is_no_hidden_matrix() -> None:
+    for layer in ("head", "embedding"):
+        model = tiny_decoder()
+        plain = hidden_matrices(model)
+        nn.utils.parametrize.register_parametrization(model.get_submodule(layer), "weight", nn.Identity())
+        assert hidden_matrices(model) == plain
+
+
 def test_the_decoders_hidden_matrices_are_those_of_its_blocks() -> None:
     matrices = ("query", "key", "value", "out", "up", "down")
     expected = {f"blocks.{index}.{name}.weight" for index in range(BLOCKS) for name in matrices}

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, ListStream, classifier_case, linear_case, mlp, normal, regression_case, run_config, tokens
 from oracles import DenseCrossEntropy, Subproblem, assert_all_close, assert_close, flatten, unflatten
 from torch import Tensor, nn
 
-from gnlib import ConfigError, CrossEntropy, GaussNewton, InnerConfig, LineSearchConfig, OuterStep
+from gnlib import ConfigError, CrossEntropy, GaussNewton, InnerConfig, LineSearchConfig, MeanSquaredError, OuterStep
 from gnlib.blocks import hidden_matrices, partition
 from gnlib.objective import GaussNewtonObjective
 
@@ -535,6 +536,32 @@ def test_batches_that_do_not_fit_are_refused_and_nothing_moves(given: list, mess
     assert all(torch.equal(p, before[n]) for n, p in parameters(case.model).items()) and optimizer.outer.done == 0
 
 
+def test_a_step_that_is_interrupted_leaves_the_model_as_it_was() -> None:
+    class StoppingError(MeanSquaredError):
+        calls = 0
+
+        def value(self, z: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 5:  # in the line search
+                raise KeyboardInterrupt
+            return super().value(z, y)
+
+    case, loss = regression_case(), StoppingError()
+    before = parameters(case.model)
+    optimizer = newton(case.model, loss)
+    loss.calls = -1  # of the check of the model
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step([(case.inputs, case.targets)] * 3)
+    assert all(torch.equal(p, before[name]) for name, p in parameters(case.model).items())
+    assert all(torch.equal(theta, before[name]) for name, theta in optimizer.outer.solution.items())
+
+
+def test_a_number_of_steps_may_be_numpys_and_float_classes_are_named_as_such() -> None:
+    assert newton(classifier_case().model, outer_steps=np.int64(5)).outer_steps == 5
+    pair = (PAIR[0], torch.full(PAIR[1].shape, -1.0))
+    assert "targets are class indices, torch.int64" in refused(lambda: newton(classifier_case().model).step([pair] * 3))
+
+
 @pytest.mark.parametrize("place", [1, 2], ids=["to solve", "for the line search"])
 def test_after_a_later_batch_that_does_not_fit_the_model_is_as_it_was_and_the_next_step_starts_afresh(
     place: int,
@@ -580,7 +607,7 @@ def test_schedule_free_by_name_has_the_schedule_that_it_needs() -> None:
 
 
 def test_a_parameter_that_the_outputs_do_not_depend_on_stays() -> None:
-    """As with torch's own optimisers, which find no gradient there."""
+    """Its gradient is zero; a weight decay would shrink it."""
     case = classifier_case()
     case.model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64)))
     for objective in ("gauss_newton", "prox_linear"):

@@ -77,11 +77,36 @@ def _with_a_bias(model: Decoder) -> None:
     model.head.bias = nn.Parameter(torch.ones(model.head.out_features, dtype=torch.float64))
 
 
+def _own_forward(module: nn.Module) -> None:
+    """As tools that wrap a model set it, on the instance."""
+    real = module.forward
+    module.forward = lambda *args, **kwargs: 2.0 * real(*args, **kwargs)
+
+
+def _replaced(model: Decoder, name: str, kind: type[nn.Module], **settings: Any) -> None:
+    layer = kind(6, **settings).double()
+    with torch.no_grad():
+        layer.weight.copy_(model.get_parameter(f"{name}.weight"))
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+PLAIN_NORM = {"eps": 1e-6, "bias": False}
 MODIFIED: dict[str, Callable[[Any], None]] = {
     "tied head": _tied,
     "its own forward": lambda model: setattr(model, "__class__", Capped),
     "a block of its own": lambda model: setattr(model.blocks[1], "__class__", Doubled),
     "a hook": _hooked,
+    "a hook before": lambda model: model.blocks[1].register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:])),
+    "a layer's hook": lambda model: model.head.register_forward_hook(lambda module, args, output: 2.0 * output),
+    "a hook on the way back": lambda model: model.head.register_full_backward_hook(lambda _, u, _out: (2.0 * u[0],)),
+    "a forward on the instance": _own_forward,
+    "a layer's forward on the instance": lambda model: _own_forward(model.blocks[0].up),
+    "another norm of queries": lambda model: _replaced(model, "blocks.0.query_norm", nn.RMSNorm, eps=1e-6),
+    "another norm of a block": lambda model: _replaced(model, "blocks.1.norm1", nn.LayerNorm, **PLAIN_NORM),
+    "another last norm": lambda model: _replaced(model, "final_norm", nn.LayerNorm, **PLAIN_NORM),
+    "another eps": lambda model: setattr(model.blocks[0].norm2, "eps", 0.5),
+    "a token without gradient": lambda model: setattr(model.embedding, "padding_idx", 3),
     "a bias": _with_a_bias,
     "a parameter beside the blocks": lambda model: model.register_parameter("spare", nn.Parameter(torch.ones(2))),
     "a layer beside the blocks": lambda model: model.add_module("spare", nn.Linear(2, 2)),
@@ -90,6 +115,7 @@ MODIFIED: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("modified", MODIFIED)
 @pytest.mark.parametrize("objective", LINEARISED)
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 def test_a_decoder_that_somebody_changed_is_linearised_as_it_is(objective: str, modified: str) -> None:
     """The rules by hand are for the plain one: a tied head, say, has the gradients of both its uses."""
     case = decoder_case()
@@ -106,6 +132,14 @@ def test_a_decoder_that_somebody_changed_is_linearised_as_it_is(objective: str, 
     assert_close(forward_loss(case.loss)(case.model, *here), case.loss.value(wrapped(case.inputs), case.targets))
     for kind in KINDS:
         assert {name for block in partition(case.model, kind) for name in block} == point.keys()
+
+
+def test_the_gradient_of_a_parameter_that_the_loss_does_not_depend_on_is_zero() -> None:
+    case = decoder_case()
+    case.model.add_module("spare", nn.Linear(2, 2).double())
+    point = case.point([name for name, _ in case.model.named_parameters()])
+    (found,) = TrueLoss(case.loss).evaluate(case.model, [point], case.inputs, case.targets)
+    assert not found.gradient["spare.weight"].any() and found.gradient["head.weight"].any()
 
 
 # ---------------------------------------------------------------- against the oracles

@@ -258,9 +258,10 @@ class OtherName(torch.optim.Adam):
 
 
 def test_a_rate_that_the_signature_does_not_name_is_passed_on_or_missed_in_one_line() -> None:
-    inner = _inner(optimizer=f"{__name__}.Forwards", lr=0.5)
+    asked = {"lr": 0.5, "weight_decay": 0.3, "betas": (0.5, 0.6)}
+    inner = _inner(optimizer=f"{__name__}.Forwards", **asked)
     solver = Solver({n: t.requires_grad_() for n, t in _start().items()}, set(), inner)
-    assert [group["lr"] for o in solver.optimizers for group in o.param_groups] == [0.5]
+    assert [{name: group[name] for name in asked} for o in solver.optimizers for group in o.param_groups] == [asked]
     for name in ("Deaf", "OtherName"):
         message = _refused(optimizer=f"{__name__}.{name}", lr=0.5)
         assert message == f"method.inner.optimizer: {name} takes no learning rate by the name lr"

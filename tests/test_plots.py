@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib as mpl
@@ -86,16 +87,21 @@ def test_a_stroke_marks_a_critical_batch_between_two_batches_on_1_2_times_the_sc
     curve, _, ideal, stroke = axes.lines
     assert list(stroke.get_xdata()) == [512.0] and stroke.get_color() == curve.get_color()
     assert list(stroke.get_ydata()) == pytest.approx([1.2 * ideal.get_ydata()[0] / 2])  # twice the smallest batch
-    for axis, critical in (("outer_step", {"Muon": beyond}), ("tokens", {"Muon": inside})):
-        (axes,) = plots.cost_by_batch(reached, axis, critical=critical).axes
-        assert "|" not in [line.get_marker() for line in axes.lines]
+    unknown = CriticalBatch(math.nan, math.nan, math.nan, 3)
+    for axis, one in (("outer_step", beyond), ("outer_step", unknown), ("tokens", inside)):
+        (axes,) = plots.cost_by_batch(reached, axis, critical={"Muon": one}).axes
+        assert "|" not in [line.get_marker() for line in axes.lines] and "stroke" not in axes.get_title()
 
 
 def test_the_mean_ends_where_the_first_of_the_runs_does() -> None:
     """Beyond that it would be a mean of fewer, and jump."""
     curves = results.curves([made("muon", [5.0, 4.5, 4.0], seed=1), made("muon", [5.0, 4.3], seed=2)])
-    drawn = lines(plots.loss_curves(curves, TARGET))["Muon"]
-    assert list(drawn.get_xdata()) == [0, 1] and list(drawn.get_ydata()) == pytest.approx([5.0, 4.4])
+    for figure in (plots.loss_curves(curves, TARGET), plots.curves_by_batch(curves, TARGET)):
+        drawn = lines(figure)["Muon"]
+        assert list(drawn.get_xdata()) == [0, 1] and list(drawn.get_ydata()) == pytest.approx([5.0, 4.4])
+    blown_up = [made("muon", [5.0, 4.9, 4.8], seed=1), made("muon", [5.0, 3.0, None], seed=2, status="diverged")]
+    drawn = lines(plots.loss_curves(results.curves(blown_up), TARGET))["Muon"]
+    assert list(drawn.get_ydata()) == pytest.approx([5.0, 3.95])
 
 
 def test_a_line_of_many_points_has_no_markers_which_would_fill_its_gaps() -> None:

@@ -140,6 +140,14 @@ def test_inside_gauss_newton_curvature_is_that_at_the_anchor_and_for_a_baseline_
         assert all(torch.equal(second[name], anchor[name]) for name in anchor) == (objective == "gauss_newton")
 
 
+def test_the_sampled_gradient_of_what_the_outputs_do_not_depend_on_is_zero() -> None:
+    sampled, _ = on_classifier()
+    theta = dict(sampled.model.named_parameters()) | {"spare": torch.ones(2, dtype=torch.float64)}
+    sampled.model.register_parameter("spare", nn.Parameter(theta["spare"]))
+    gradient, _ = SampledLoss(sampled.model, CrossEntropy(), theta, sampled.batches).gradient(seed=0)
+    assert not gradient["spare"].any() and gradient["0.weight"].any()
+
+
 def test_a_loss_that_cannot_draw_labels_is_a_one_line_error() -> None:
     class Own:
         pass
