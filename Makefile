@@ -14,8 +14,8 @@ WORKERS ?= 2
 # What the targets run
 STUDY = iteration_complexity
 NOTEBOOK = 01_iteration_complexity
-STUDIES = iteration_complexity critical_batch_size fixed_budget prox_linear layerwise schedules line_search step_lengths inner_solver \
-	stateless variants
+STUDIES = iteration_complexity critical_batch_size fixed_budget prox_linear layerwise schedules line_search step_lengths \
+	inner_solver stateless variants
 SEEDS = 1
 GNLIB = $(BIN)/gnlib
 PAPERMILL = $(BIN)/papermill --kernel python3 -p profile $(PROFILE)

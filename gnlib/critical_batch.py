@@ -82,6 +82,11 @@ def critical(records: Sequence[Record], target: float) -> CriticalBatch:
     return _geometric([value for value, _ in found], "".join(bounds))
 
 
+def scales_on(records: Sequence[Record], target: float) -> bool:
+    """Whether B* of one method's records is above their largest batch on one seed at least."""
+    return any(critical_batch(steps)[1] == "above" for steps in _by_seed(records, target).values())
+
+
 def by_name(records: Sequence[Record], target: float) -> dict[str, CriticalBatch]:
     """Method -> B*."""
     return {name: critical(runs, target) for name, runs in by_method(records).items()}

@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Any
 
 from gnlib import bench
-from gnlib.critical_batch import critical
+from gnlib.critical_batch import scales_on
 from gnlib.measures import Measure
 from gnlib.profiles import find_profile, tuning
 from gnlib.record import Record
@@ -73,8 +73,8 @@ def first_batches(settings: Sequence[Setting], complete: Complete, target: float
         smallest, *larger = sorted((s for s in settings if s.name == name), key=lambda setting: setting.batch or 0)
         own = [smallest, *takewhile(complete.__contains__, larger)]
         runs = [[record for s in own[:count] for record in complete.get(s, ())] for count in range(2, len(own))]
-        found = (critical(records, target) for records in runs)
-        chosen += own[: next((count for count, one in enumerate(found, 2) if one.bound != "above"), len(own))]
+        past = (count for count, records in enumerate(runs, 2) if not scales_on(records, target))
+        chosen += own[: next(past, len(own))]
     return chosen
 
 

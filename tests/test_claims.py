@@ -200,6 +200,9 @@ def test_batches_count_up_to_the_first_past_the_critical_one_on_all_data_orders(
         steps = zip(settings, past[first], past[second], strict=True)
         there = {setting: runs_of(setting, *both) for setting, *both in steps}
         assert first_batches(settings, there, target) == settings[:count]
+    mixed = [(16, 16), (25, 4), (25, 1), (25, 1)]  # on one order the second batch ends above the target
+    there = {setting: runs_of(setting, *both) for setting, both in zip(settings, mixed, strict=True)}
+    assert first_batches(settings, there, target) == settings
 
 
 def test_adamws_critical_batch_is_compared_with_the_smaller_of_soaps_and_muons(home: Path) -> None:
