@@ -19,6 +19,7 @@ from gnlib import export as exports
 from gnlib import readme as readme_table
 from gnlib.arguments import Commands, assignment, writable
 from gnlib.config import ConfigError, RunConfig
+from gnlib.executors import StudyError, UnfinishedError, check_arguments, describe, progress_bars
 from gnlib.files import replacing
 from gnlib.heldout import heldout
 from gnlib.methods import METHODS, MORE_METHODS
@@ -26,7 +27,7 @@ from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import PROFILES, run_config, tuning
 from gnlib.studies import STUDIES, check_possible, study_configs, tuned_settings
-from gnlib.study import StudyError, UnfinishedError, check_arguments, describe, expected, find, progress_bars, run_study
+from gnlib.study import expected, find, run_study
 from gnlib.sweep import sweep as sweep_studies
 from gnlib.train import check, pinned, run_folder
 from gnlib.train import train as train_run

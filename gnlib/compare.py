@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gnlib.config import ConfigError, RunConfig
+from gnlib.executors import StudyError, check_arguments
 from gnlib.files import data_folder, replacing
 from gnlib.import_path import imported, source_hash
 from gnlib.methods import METHODS, Changes
@@ -26,7 +27,7 @@ from gnlib.profiles import find_profile, records_folder, run_config
 from gnlib.record import Record
 from gnlib.results import by_method, crossing, curves, mean_steps, ratio
 from gnlib.studies import study_configs
-from gnlib.study import StudyError, check_arguments, find, load, run_study
+from gnlib.study import find, load, run_study
 from gnlib.tune import SEED, STEPS, WARMUPS, Axis, Trials, entry_of, geometric, ladder, open_fields, search
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from threading import Timer
 from tqdm.auto import tqdm
 
 from gnlib.config import ConfigError
+from gnlib.executors import Slots, StudyError, UnfinishedError, default_jobs
 from gnlib.profiles import tuning
 from gnlib.studies import STUDIES, check_possible, study_runs
-from gnlib.study import Slots, StudyError, UnfinishedError, default_jobs, run_study
+from gnlib.study import run_study
 from gnlib.train import pinned
 from gnlib.tune import told, tune
 from gnlib.variants import Setting, key, setting_config, tunable

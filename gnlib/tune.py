@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gnlib.config import CONJUGATE_GRADIENT, ConfigError, RunConfig
+from gnlib.executors import Jobs, StudyError
 from gnlib.files import exclusive, replacing
 from gnlib.methods import Changes
 from gnlib.optimizers import find as optimizer
 from gnlib.profiles import find_profile, records_folder, tuning
 from gnlib.record import Record
 from gnlib.results import crossing
-from gnlib.study import Jobs, StudyError, find, of_one_text, run_study
+from gnlib.study import find, of_one_text, run_study
 from gnlib.train import pinned
 from gnlib.variants import Setting, find_setting, key, most_steps, setting_config, tunable
 

@@ -16,6 +16,7 @@ from gnlib import bench
 from gnlib import record as records
 from gnlib.claims import QUESTIONS, as_json, as_markdown, as_text, claims
 from gnlib.config import ConfigError, RunConfig
+from gnlib.executors import StudyError
 from gnlib.measures import early_lead
 from gnlib.methods import METHODS, method_of
 from gnlib.profiles import PROFILES, find_profile
@@ -23,7 +24,6 @@ from gnlib.questions import NOT_RUN, UNDECIDED, Claim, Question, first_batches
 from gnlib.record import Record
 from gnlib.results import Estimate, by_method
 from gnlib.studies import study_configs, study_runs
-from gnlib.study import StudyError
 from gnlib.variants import Setting
 
 SEEDS = (1, 2)

@@ -18,11 +18,11 @@ from gnlib import arguments, cli
 from gnlib import record as records
 from gnlib import tune as tuning
 from gnlib.config import ConfigError, RunConfig
+from gnlib.executors import UnfinishedError
 from gnlib.methods import ALL_METHODS, METHODS
 from gnlib.profiles import PROFILES, run_config
 from gnlib.record import Record
 from gnlib.studies import STUDIES
-from gnlib.study import UnfinishedError
 from gnlib.variants import VARIANTS, Setting, home_batch, setting_config
 
 COMMANDS = ("profiles", "prepare", "train", "study", "sweep", "tune", "compare", "claims", "export", "verify")

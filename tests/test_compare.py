@@ -21,11 +21,11 @@ from gnlib import compare as comparing
 from gnlib import record as records
 from gnlib.compare import EXAMPLE, best_baseline, compare, figure_table, notes, save, scaled, start_of, table
 from gnlib.config import RunConfig
+from gnlib.executors import StudyError
 from gnlib.export import export
 from gnlib.optimizers import Solver
 from gnlib.profiles import PROFILES, run_config
 from gnlib.record import Record
-from gnlib.study import StudyError
 from gnlib.train import run_folder
 
 LARGE, LITTLE = 2048, 128  # sequences: the laptop's outer batch and a sixteenth

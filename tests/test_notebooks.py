@@ -14,13 +14,13 @@ import pytest
 
 from gnlib import bench, compare, readme, results, tables
 from gnlib.blocks import partition
+from gnlib.executors import StudyError
 from gnlib.files import home
 from gnlib.flops import gradient_units
 from gnlib.model import shapes_only
 from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
 from gnlib.studies import existing_records, study_records, study_runs
-from gnlib.study import StudyError
 
 Table = Callable[[list[Record], float], Any]  # records, target -> the table behind the figure
 

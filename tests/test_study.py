@@ -15,10 +15,11 @@ import pytest
 import torch
 from test_results import made
 
+from gnlib import executors, studies, study
 from gnlib import record as records
-from gnlib import studies, study
 from gnlib.claims import claims
 from gnlib.config import ConfigError, RunConfig
+from gnlib.executors import StudyError, describe, execute
 from gnlib.files import data_folder
 from gnlib.import_path import source_hash
 from gnlib.methods import METHODS, method_of
@@ -26,7 +27,7 @@ from gnlib.profiles import PROFILES, find_profile, run_config
 from gnlib.record import Record
 from gnlib.results import label
 from gnlib.studies import study_records, study_runs
-from gnlib.study import StudyError, describe, execute, find, run_study
+from gnlib.study import find, run_study
 from gnlib.sweep import sweep
 from gnlib.train import pinned, run_folder, start_config, train
 from gnlib.tune import tune
@@ -41,7 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GNLIB_DATA", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setattr(study, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.02)
     return tmp_path
 
 
@@ -72,13 +73,13 @@ def leave(record: Record) -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A list that grows by the command of every process that is started."""
     commands: list[list[str]] = []
-    real = study._spawn
+    real = executors._spawn
 
     def spawn(command: list[str], *rest: Any) -> subprocess.Popen[bytes]:
         commands.append(command)
         return real(command, *rest)
 
-    monkeypatch.setattr(study, "_spawn", spawn)
+    monkeypatch.setattr(executors, "_spawn", spawn)
     return commands
 
 
@@ -87,7 +88,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def spawn(*_: Any) -> None:
         pytest.fail("a run was started")
 
-    monkeypatch.setattr(study, "_spawn", spawn)
+    monkeypatch.setattr(executors, "_spawn", spawn)
 
 
 # ---------------------------------------------------------------- running
@@ -138,7 +139,7 @@ def test_a_run_that_cannot_be_built_is_refused_before_anything_runs(launched: li
 
 def test_a_run_that_is_killed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     killed = [sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"]
-    monkeypatch.setattr(study, "_spawn", lambda *_: subprocess.Popen(killed))
+    monkeypatch.setattr(executors, "_spawn", lambda *_: subprocess.Popen(killed))
     with pytest.raises(StudyError, match="failed with exit code -9"):
         execute([pinned(short("adamw"))], jobs=1)
 
@@ -150,25 +151,25 @@ def test_each_run_has_its_own_threads_and_as_many_run_at_once_as_cores_allow(mon
         threads.append(environment["OMP_NUM_THREADS"])
         return subprocess.Popen([sys.executable, "-S", "-c", ""])
 
-    monkeypatch.setattr(study, "_spawn", spawn)
+    monkeypatch.setattr(executors, "_spawn", spawn)
     configs = [pinned(short("adamw", seed, compute__threads=count)) for seed, count in ((1, 3), (2, 2))]
     execute(configs, jobs=1)
     assert threads == ["3", "2"]
     if not torch.cuda.is_available():
         for cores, jobs in ((8, 2), (2, 1)):
-            monkeypatch.setattr(study.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-            assert study.default_jobs(configs) == jobs
+            monkeypatch.setattr(executors.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+            assert executors.default_jobs(configs) == jobs
 
 
 def test_the_longest_runs_start_first(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
 
-    def one_by_one(configs: Sequence[RunConfig], jobs: study.Jobs, keep_weights: bool) -> None:
+    def one_by_one(configs: Sequence[RunConfig], jobs: executors.Jobs, keep_weights: bool) -> None:
         for config in configs:
             order.append(config.outer_steps)
             leave(of(config))
 
-    monkeypatch.setitem(study.EXECUTORS, "inline", one_by_one)
+    monkeypatch.setitem(executors.EXECUTORS, "inline", one_by_one)
     run_study([short("adamw", outer_steps=steps) for steps in (2, 9, 4)], "tiny", executor="inline")
     assert order == [9, 4, 2]
 
@@ -182,7 +183,7 @@ def test_less_than_one_job_is_refused(launched: list[list[str]]) -> None:
 def test_a_run_knows_the_study_that_has_started_it(tmp_path: Path) -> None:
     code = "import os; print(os.environ['GNLIB_PARENT'] == str(os.getppid()))"
     with open(tmp_path / "log", "wb") as log:
-        study._spawn([sys.executable, "-c", code], dict(os.environ), log).wait()
+        executors._spawn([sys.executable, "-c", code], dict(os.environ), log).wait()
     assert (tmp_path / "log").read_text() == "True\n"
 
 
@@ -206,7 +207,7 @@ def test_interrupting_a_study_ends_its_processes(monkeypatch: pytest.MonkeyPatch
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "_spawn", spawn)
+    monkeypatch.setattr(executors, "_spawn", spawn)
     configs = [pinned(short("adamw", seed)) for seed in (1, 2, 3)]
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", interrupted)
@@ -224,7 +225,7 @@ def test_no_more_runs_than_jobs_are_under_way_at_once(monkeypatch: pytest.Monkey
         running.append(sum(process.poll() is None for process in processes))
         return processes[-1]
 
-    monkeypatch.setattr(study, "_spawn", spawn)
+    monkeypatch.setattr(executors, "_spawn", spawn)
     execute([pinned(short("adamw", seed)) for seed in range(5)], jobs=2)
     assert len(processes) == 5 and max(running) <= 2
     assert all(process.returncode == 0 for process in processes)
@@ -275,15 +276,15 @@ def test_an_optimiser_whose_file_is_edited_while_it_trains_is_one_line_that_says
     path.write_text("import torch\nclass Own(torch.optim.SGD):\n    pass\n")
     monkeypatch.syspath_prepend(home)
 
-    def edited_first(configs: Sequence[RunConfig], jobs: study.Jobs, keep_weights: bool) -> None:
+    def edited_first(configs: Sequence[RunConfig], jobs: executors.Jobs, keep_weights: bool) -> None:
         path.write_text(path.read_text() + "# edited\n")
-        study.run_inline(configs, jobs, keep_weights)
+        executors.run_inline(configs, jobs, keep_weights)
 
     def asked() -> RunConfig:
         own = "edited_meanwhile.Own"
         return short("adamw", method__inner__optimizer=own, method__inner__source=source_hash(own))
 
-    monkeypatch.setitem(study.EXECUTORS, "editing", edited_first)
+    monkeypatch.setitem(executors.EXECUTORS, "editing", edited_first)
     before = asked()
     with pytest.raises(StudyError) as caught:
         run_study([before], "tiny", executor="editing")
@@ -515,4 +516,4 @@ def test_runs_are_dealt_out_over_the_gpus_that_this_process_may_see(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [study._gpu(slot) for slot in range(3)] == expected
+    assert [executors._gpu(slot) for slot in range(3)] == expected

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from test_study import leave, of, short
 
-from gnlib import study
+from gnlib import executors, study
 from gnlib import sweep as sweeping
 from gnlib.config import ConfigError, RunConfig
+from gnlib.executors import Slots, StudyError, UnfinishedError
 from gnlib.files import replacing
 from gnlib.record import Record
 from gnlib.studies import study_configs, study_runs
-from gnlib.study import Slots, StudyError, UnfinishedError
 from gnlib.sweep import sweep
 from gnlib.variants import Setting, key, tunable
 
@@ -147,9 +147,9 @@ def test_a_sweep_in_one_process_trains_one_run_at_a_time_and_none_once_it_is_ove
 
     made: list[Slots] = []
     monkeypatch.setattr(sweeping, "Slots", lambda count: made.append(Slots(count)) or made[0])
-    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(executors, "train", train)
     monkeypatch.setenv("GNLIB_EXECUTOR", "inline")
-    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, **_: study.execute(configs, jobs))
+    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, **_: executors.execute(configs, jobs))
     with pytest.raises(UnfinishedError, match=r"settings are left"):
         sweep(["critical_batch_size"], "tiny", jobs=3, tuned=False, seeds=[1])
     assert most[0] == 1 and len(trained) == 3
@@ -168,10 +168,10 @@ def test_runs_that_are_stopped_give_their_slots_back(monkeypatch: pytest.MonkeyP
 
         def wait(self) -> None: ...
 
-    monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(study, "_spawn", lambda *_: Process())
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(executors, "_spawn", lambda *_: Process())
     with pytest.raises(UnfinishedError):
-        study.execute([run.config for run in study_runs("iteration_complexity", "tiny", [1])], slots)
+        executors.execute([run.config for run in study_runs("iteration_complexity", "tiny", [1])], slots)
     assert {slots.take(), slots.take()} == {0, 1}
 
 
@@ -266,9 +266,9 @@ def test_no_more_runs_than_slots_are_under_way_over_all_chains(monkeypatch: pyte
             return 0
 
     monkeypatch.setattr(Slots, "take", observed)
-    monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(study, "_spawn", lambda *_: Process())
-    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, **_: study.execute(configs, jobs))
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(executors, "_spawn", lambda *_: Process())
+    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, **_: executors.execute(configs, jobs))
     sweep(["critical_batch_size"], "tiny", jobs=3, tuned=False, seeds=[1])
     assert refused.is_set() and most[0] == 3 and running[0] == 0
 
@@ -288,9 +288,9 @@ def test_a_sweep_stops_after_its_minutes_and_says_what_is_left(monkeypatch: pyte
         def wait(self) -> None:
             ended.append("waited for")
 
-    monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(study, "_spawn", lambda *_: Process())
-    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, **_: study.execute(configs, jobs))
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(executors, "_spawn", lambda *_: Process())
+    monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, **_: executors.execute(configs, jobs))
     with pytest.raises(UnfinishedError, match=r"^1 of 1 settings are left: adamw$"):
         sweep(["iteration_complexity"], "tiny", jobs=2, minutes=0.005, tuned=False, methods=["adamw"], seeds=[1, 2])
     assert ended == ["terminated"] * 2 + ["waited for"] * 2
@@ -329,7 +329,7 @@ def test_a_setting_that_failed_outweighs_one_that_was_stopped(monkeypatch: pytes
 
 
 def test_a_sweep_leaves_the_records_of_its_studies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.05)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     configs = study_configs("iteration_complexity", "tiny", methods=["muon"])
     assert study.find(configs, "tiny") == [None]
@@ -360,10 +360,10 @@ def test_a_run_that_cannot_be_launched_does_not_keep_its_slot(monkeypatch: pytes
     def spawn(*_: object) -> None:
         raise OSError("no memory")
 
-    monkeypatch.setattr(study, "_spawn", spawn)
+    monkeypatch.setattr(executors, "_spawn", spawn)
     slots = Slots(1)
     with pytest.raises(OSError, match="no memory"):
-        study.execute([short("adamw")], slots)
+        executors.execute([short("adamw")], slots)
     assert slots.take() == 0
 
 

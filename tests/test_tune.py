@@ -19,11 +19,11 @@ from gnlib import cli, study
 from gnlib import record as records
 from gnlib import tune as tuning
 from gnlib.config import ConfigError, RunConfig
+from gnlib.executors import StudyError
 from gnlib.files import replacing
 from gnlib.methods import ALL_METHODS
 from gnlib.profiles import PROFILES, TUNABLE, find_profile, run_config
 from gnlib.record import Record
-from gnlib.study import StudyError
 from gnlib.tune import STEPS, axes_of, command_for, ensure_tuned, ladder, open_fields, score, tune
 from gnlib.variants import VARIANTS, Setting, setting_config
 
