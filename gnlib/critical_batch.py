@@ -88,8 +88,16 @@ def scales_on(records: Sequence[Record], target: float) -> bool:
 
 
 def by_name(records: Sequence[Record], target: float) -> dict[str, CriticalBatch]:
-    """Method -> B*."""
-    return {name: critical(runs, target) for name, runs in by_method(records).items()}
+    """Method -> B*; nan where the runs at the smallest batch are missing, from which the others' is reckoned."""
+    smallest, unknown = _smallest(records), CriticalBatch(math.nan, math.nan, math.nan, 0)
+    return {
+        name: critical(runs, target) if _smallest(runs) == smallest else unknown
+        for name, runs in by_method(records).items()
+    }
+
+
+def _smallest(records: Sequence[Record]) -> int:
+    return min((record.config.outer_batch for record in records), default=0)
 
 
 def _geometric(values: Sequence[float], bound: str = "") -> CriticalBatch:

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 
 from gnlib import record as records
 from gnlib.config import ConfigError, RunConfig
+from gnlib.estimate import cost
 from gnlib.files import home, replacing
 from gnlib.methods import label
 from gnlib.record import Row
@@ -42,23 +42,33 @@ class UnfinishedError(StudyError):
 
 
 class Slots:
-    """Places for runs of this machine, `count` at a time, which the threads of a sweep share."""
+    """Places for runs of this machine, `count` at a time, which the threads of a sweep share; they are dealt out over
+    its GPUs in turn."""
 
     def __init__(self, count: int) -> None:
         if count < 1:
             raise ConfigError(f"jobs: {count}; at least 1")
         self.count, self.closed = count, False
-        self._free = deque(range(count))  # its operations are atomic
+        self._work: dict[int, float] = {}  # of the slots that are taken
+        self._lock = Lock()
 
-    def take(self) -> int | None:
-        """A free slot, or None."""
-        try:
-            return self._free.popleft()
-        except IndexError:
-            return None
+    def take(self, work: float = 1.0) -> int | None:
+        """A free slot of the GPU with the least work under way (in any unit), or None."""
+        with self._lock:
+            free = [slot for slot in range(self.count) if slot not in self._work]
+            if not free:
+                return None
+            chosen = min(free, key=self._load)
+            self._work[chosen] = work
+            return chosen
 
     def give(self, slot: int) -> None:
-        self._free.append(slot)
+        with self._lock:
+            del self._work[slot]
+
+    def _load(self, slot: int) -> float:
+        """On a slot's GPU."""
+        return sum(work for other, work in self._work.items() if _gpu(other) == _gpu(slot))
 
     def close(self) -> None:
         """Have every thread end its runs; they continue from their checkpoints next time."""
@@ -126,7 +136,7 @@ def run_processes(configs: Sequence[RunConfig], jobs: Jobs, keep_weights: bool) 
         while waiting or running:
             if slots.closed:
                 raise UnfinishedError(f"stopped with {len(waiting) + len(running)} to run")
-            while waiting and (slot := slots.take()) is not None:
+            while waiting and (slot := slots.take(cost(waiting[0]))) is not None:
                 running.append(_launched(slots, slot, waiting.pop(0), keep_weights))
             for job in running.copy():
                 _show(job)
@@ -189,7 +199,7 @@ def _launch(config: RunConfig, slot: int, keep_weights: bool) -> _Job:
 def _gpu(slot: int) -> str:
     """The GPUs that this process may see, in turn; their numbers are the machine's, not this process's."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    names = visible.split(",") if visible else [str(index) for index in range(max(1, torch.cuda.device_count()))]
     return names[slot % len(names)]
 
 

@@ -54,7 +54,7 @@ _BASELINES = ("muon", "soap", "adamw")
 
 STUDIES: dict[str, Study] = {
     "iteration_complexity": Study(tuple(METHODS)),
-    "critical_batch_size": Study(("gauss_newton", "layerwise", *_BASELINES), "larger"),
+    "critical_batch_size": Study(tuple(METHODS), "larger"),
     "fixed_budget": Study(("gauss_newton", *_BASELINES), "all", budget=True),
     "prox_linear": Study(("gauss_newton", "prox_linear", "gauss_newton_no_search", "prox_linear_no_search")),
     "layerwise": Study(("gauss_newton", "layerwise", "matrixwise")),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import pytest
 from test_results import made
 
-from gnlib.critical_batch import CriticalBatch, critical, critical_batch, fit, table
+from gnlib.critical_batch import CriticalBatch, by_name, critical, critical_batch, fit, table
 from gnlib.record import Record
 from gnlib.results import Crossing
 
@@ -93,6 +93,20 @@ def test_a_seed_whose_smallest_batch_tells_nothing_leaves_no_figure() -> None:
     found = critical([*runs(lambda b: 10.0, 1), unreached(first), *rest], TARGET)
     assert math.isnan(found.mean) and str(found) == "-" and found.n == 2
     assert math.isnan(critical_batch(crossings({64: 0.0, 256: 0.0}))[0])  # the start is below the target
+
+
+def test_a_method_without_the_smallest_batch_has_no_critical_batch() -> None:
+    """Its own smallest is another reference: it would scale further for having begun later."""
+    late = [label(record, "late") for record in runs(lambda b: 10.0, batches=BATCHES[1:])]
+    found = by_name([*runs(lambda b: 10.0), *late], TARGET)
+    assert math.isnan(found["late"].mean) and str(found["late"]) == "-"
+    assert found["AdamW"].mean == pytest.approx(1.2 * 64)
+    assert by_name(late, TARGET)["late"].mean == pytest.approx(1.2 * 256)
+
+
+def label(record: Record, name: str) -> Record:
+    record.label = name
+    return record
 
 
 def test_a_bound_is_said_to_be_one_and_shows_no_interval() -> None:

@@ -172,18 +172,17 @@ def committed(profile: str, stem: str) -> str:
 
 
 def test_the_readme_table_is_that_of_the_shipped_records() -> None:
-    assert readme.updated() == (home() / "README.md").read_text(encoding="utf-8"), "run: gnlib readme"
+    assert readme.updated() == page("README.md"), "run: gnlib readme"
 
 
 @pytest.mark.parametrize("profile", ["h200", "laptop"])
-def test_what_the_readme_says_of_soap_without_its_first_step_is_that_of_the_shipped_records(profile: str) -> None:
+def test_what_is_said_of_soap_without_its_first_step_is_that_of_the_shipped_records(profile: str) -> None:
     """That step only starts the preconditioner: the loss after it is the start's."""
     records = study_records("iteration_complexity", profile, methods=["gauss_newton", "soap"], allow_run=False)
     groups, target = results.by_method(records), find_profile(profile).target
     assert all(record.rows[0]["val_loss"] == record.rows[1]["val_loss"] for record in groups["SOAP"])
     found = _without_first_step(groups["SOAP"], groups["GN"], target)
-    text = " ".join((home() / "README.md").read_text(encoding="utf-8").split())
-    assert f"{found} ({profile})" in text and found.n == 3
+    assert f"{found} ({profile})" in " ".join(page("docs/results.md").split()) and found.n == 3
 
 
 def _without_first_step(soap: list[Record], newton: list[Record], target: float) -> results.Estimate:
@@ -192,15 +191,19 @@ def _without_first_step(soap: list[Record], newton: list[Record], target: float)
     return results.estimate([(own - 1) / its for own, its in zip(*steps, strict=True)])
 
 
-def readme_rows(header: str) -> dict[str, list[str]]:
-    """First cell -> the others, of the README's table that begins so, without daggers and what is in brackets."""
-    _, found, after = (home() / "README.md").read_text(encoding="utf-8").partition(header)
+def page(name: str) -> str:
+    return (home() / name).read_text(encoding="utf-8")
+
+
+def rows_of(name: str, header: str) -> dict[str, list[str]]:
+    """First cell -> the others, of the page's table that begins so, without daggers and what is in brackets."""
+    _, found, after = page(name).partition(header)
     assert found
     rows = [line.strip().strip("|").split("|") for line in after.split("\n\n")[0].splitlines()[2:]]
     return {first.strip(): [re.split(r"†|\(", cell)[0].strip() for cell in rest] for first, *rest in rows}
 
 
-def test_what_the_readme_says_of_larger_batches_is_that_of_the_shipped_records() -> None:
+def test_what_is_said_of_larger_batches_is_that_of_the_shipped_records() -> None:
     batches, target = results.batches(existing_records("critical_batch_size", "h200")), find_profile("h200").target
     found: dict[str, list[str]] = {}
     for batch in (4096, 16384, 65536):
@@ -209,13 +212,13 @@ def test_what_the_readme_says_of_larger_batches_is_that_of_the_shipped_records()
             runs = groups.get(name)
             steps = str(results.ratio(runs, groups["GN"], target, lambda c: c.steps)) if runs else "not run"
             found.setdefault(name, []).append(steps)
-    assert readme_rows("| steps / GN's | 2.1 M | 8.4 M | 33.5 M |") == found
+    assert rows_of("README.md", "| steps / GN's | 2.1 M | 8.4 M | 33.5 M |") == found
 
 
-def test_what_the_readme_says_of_the_fixed_budget_is_that_of_the_shipped_records() -> None:
+def test_what_is_said_of_the_fixed_budget_is_that_of_the_shipped_records() -> None:
     records = existing_records("fixed_budget", "h200")
     leads = tables.leads(records)["GN's lead"]
-    said = readme_rows("| batch (tokens) | GN | Muon | SOAP | AdamW | GN's lead |")
+    said = rows_of("docs/results.md", "| batch (tokens) | GN | Muon | SOAP | AdamW | GN's lead |")
     for (batch, runs), row in zip(results.batches(records).items(), said.values(), strict=True):
         groups = results.by_method(runs)
         for name, cell in zip(("GN", "Muon", "SOAP", "AdamW"), row, strict=False):
@@ -224,11 +227,10 @@ def test_what_the_readme_says_of_the_fixed_budget_is_that_of_the_shipped_records
         assert row[-1].split(" over")[0] in str(leads[runs[0].config.outer_batch_tokens])
 
 
-def test_what_the_readme_says_of_layerwise_in_products_is_what_the_code_counts() -> None:
+def test_what_is_said_of_layerwise_in_products_is_what_the_code_counts() -> None:
     models = [shapes_only(run_config(profile, "layerwise")) for profile in ("paper-45m", "paper-150m")]
     shares = [gradient_units(model, partition(model, "layerwise")) / 3 for model in models]
-    text = " ".join((home() / "README.md").read_text(encoding="utf-8").split())
-    assert "layerwise is {:.1f} and {:.1f} standard steps".format(*shares) in text
+    assert "layerwise is {:.1f} and {:.1f} standard steps".format(*shares) in " ".join(page("docs/results.md").split())
 
 
 def test_the_losses_on_another_text_are_those_of_shipped_runs() -> None:

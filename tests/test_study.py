@@ -19,7 +19,7 @@ from gnlib import executors, studies, study
 from gnlib import record as records
 from gnlib.claims import claims
 from gnlib.config import ConfigError, RunConfig
-from gnlib.executors import StudyError, describe, execute
+from gnlib.executors import Slots, StudyError, describe, execute
 from gnlib.files import data_folder
 from gnlib.import_path import source_hash
 from gnlib.methods import METHODS, method_of
@@ -436,8 +436,8 @@ def test_of_a_study_under_way_the_complete_settings_are_shown_and_the_others_nam
     assert {(label(r), r.config.outer_batch) for r in shown} == {("Muon", small), ("SOAP", small)} and len(shown) == 4
     said = capsys.readouterr().out
     command = "gnlib sweep critical_batch_size --profile tiny"
-    assert f"left out: AdamW, GN, Layerwise GN at {small} sequences; run: {command}" in said
-    assert f"left out: AdamW, GN, Layerwise GN, Muon, SOAP at {large} sequences; run: {command}" in said
+    assert f"left out: AdamW, GN, GN-prox-linear, Layerwise GN at {small} sequences; run: {command}" in said
+    assert f"left out: AdamW, GN, GN-prox-linear, Layerwise GN, Muon, SOAP at {large} sequences; run: {command}" in said
     assert len(studies.study_records("critical_batch_size", "tiny", [1], allow_run=False)) > 2
 
 
@@ -491,7 +491,7 @@ def test_what_is_missing_at_a_batch_larger_than_the_profiles_is_left_out_whateve
     shown = studies.study_records("critical_batch_size", "tiny", [1], names, allow_run=False)
     assert len(shown) == len(runs) - 1 and [label(r) for r in shown if r.config.outer_batch == 256] == ["SOAP"]
     assert "left out: GN at 256 sequences; run: gnlib sweep critical_batch_size" in capsys.readouterr().out
-    with pytest.raises(StudyError, match=r"10 of 10 records are missing"):  # not of 15
+    with pytest.raises(StudyError, match=r"12 of 12 records are missing"):  # not of 18
         studies.study_records("critical_batch_size", "tiny", [1], fresh=True, allow_run=False)
 
 
@@ -517,3 +517,13 @@ def test_runs_are_dealt_out_over_the_gpus_that_this_process_may_see(
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [executors._gpu(slot) for slot in range(3)] == expected
+
+
+def test_a_run_goes_to_the_gpu_with_the_least_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to the next in turn: of chains in step with each other one would have all of its runs on one GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    slots = Slots(6)
+    assert [slots.take(work) for work in (8.0, 1.0, 1.0, 1.0)] == [0, 1, 3, 5]
+    assert slots.take(1.0) == 2  # the other GPU has no free slot
+    slots.give(3)
+    assert [slots.take(1.0), slots.take(1.0), slots.take(1.0)] == [3, 4, None]

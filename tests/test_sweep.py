@@ -242,9 +242,9 @@ def test_no_more_runs_than_slots_are_under_way_over_all_chains(monkeypatch: pyte
     running, most, taken, lock, refused = [0], [0], [0], threading.Lock(), threading.Event()
     take, given_up = Slots.take, time.monotonic() + 60
 
-    def observed(slots: Slots) -> int | None:
+    def observed(slots: Slots, work: float) -> int | None:
         with lock:
-            slot = take(slots)
+            slot = take(slots, work)
             taken[0] += slot is not None
             if slot is None and running[0] == taken[0]:
                 refused.set()
