@@ -11,7 +11,7 @@ from gnlib.critical_batch import CriticalBatch, critical
 from gnlib.methods import METHODS
 from gnlib.record import Record
 from gnlib.results import Crossing, Estimate, batches, crossing, estimate, final_loss, ratio, value_at
-from gnlib.variants import find_setting
+from gnlib.variants import base_label, find_setting
 
 Groups = dict[str, list[Record]]  # label -> records
 Measure = Callable[[Groups, float], Estimate]  # groups, target loss -> figure
@@ -44,6 +44,16 @@ def _best_ratio(others: Sequence[Sequence[Record]], reference: Sequence[Record],
         return Estimate(math.nan, None, 0)
     fastest = {record.config.seed: record for record in sorted(sound, key=lambda r: -crossing(r, target).steps)}
     return ratio(list(fastest.values()), reference, target, _steps)
+
+
+def best_setting_ratio(groups: Groups, target: float) -> Estimate:
+    """Steps of a seed's best variant of a baseline over the baseline's own; of the baseline whose interval reaches
+    lowest."""
+    found = []
+    for label in {find_setting(name).label for name in BASELINES}:
+        others = [records for name, records in groups.items() if name != label and base_label(name) == label]
+        found.append(_best_ratio(others, groups[label], target))
+    return min(found, key=lambda one: one.interval[0])
 
 
 def _failed(record: Record, target: float) -> bool:

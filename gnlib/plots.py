@@ -176,8 +176,9 @@ def cost_by_batch(
     return figure
 
 
-def ratios(table: pd.DataFrame, title: str = "") -> Figure:
-    """Ratios of steps (`tables.ratios`) with their intervals, a row a method and a colour a batch.
+def ratios(table: pd.DataFrame, title: str = "", over: str = "GN's") -> Figure:
+    """Ratios of steps (`tables.ratios`) with their intervals, a row a method and a colour a batch; `over` says whose
+    steps they are over.
 
     Open triangles are lower bounds, from runs that ended above the target.
     """
@@ -198,7 +199,7 @@ def ratios(table: pd.DataFrame, title: str = "") -> Figure:
                 axes.errorbar(chosen["ratio"], height, None, halves, fmt=marker, markersize=5, elinewidth=1.2, **style)
         axes.axvline(1, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
         axes.set_yticks(list(place.values()), names)
-        axes.set(xlabel="Outer steps to the target / GN's")
+        axes.set(xlabel=f"Outer steps to the target / {over}")
     return figure
 
 

@@ -11,7 +11,7 @@ from gnlib.methods import METHODS
 from gnlib.profiles import find_profile
 from gnlib.record import Record
 from gnlib.study import find, run_study
-from gnlib.variants import Setting, find_setting, home_batch, key, setting_config, tunable
+from gnlib.variants import UNTUNED, Setting, find_setting, home_batch, key, setting_config, tunable
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ STUDIES: dict[str, Study] = {
         ),
         "two",
     ),
+    "baseline_settings": Study((*_BASELINES, *UNTUNED)),
     "more_baselines": Study(("shampoo", "kfac", "sophia_g", "schedule_free", "adam", "sgd")),
     "stateless": Study(("sinkgd", "swan", "sinkgd_stateless", "muon", "adamw", "adam", "sgd"), "small", budget=True),
 }

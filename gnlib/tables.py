@@ -56,19 +56,22 @@ def mean_steps(target: float) -> Callable[[Sequence[Record]], Estimate]:
     return lambda records: results.mean_steps(records, target)
 
 
-def ratios(records: Sequence[Record], target: float) -> pd.DataFrame:
-    """Steps to the target over Gauss-Newton's at the same batch (tokens), paired by seed: one row a method and batch at
-    which both were run, with the half width of the 95 % interval (nan for one seed, and for a lower bound)."""
+def ratios(records: Sequence[Record], target: float, over: Callable[[str], str] = lambda name: "GN") -> pd.DataFrame:
+    """Steps to the target over those of a method's reference (of both the labels), Gauss-Newton by default, at the same
+    batch (tokens), paired by seed: one row a method and batch at which both were run, with the half width of the 95 %
+    interval (nan for one seed, and for a lower bound). ConfigError where no reference was run."""
     import pandas as pd
 
     groups, rows = by_method(records), []
-    if "GN" not in groups:
-        raise ConfigError(f"methods: gauss_newton must be among them for ratios to it; got {', '.join(groups)}")
-    newton = batches(groups.pop("GN"))
-    for name, runs in groups.items():
-        for batch, own in batches(runs).items():
-            if batch in newton:
-                found = results.ratio(own, newton[batch], target, lambda c: c.steps)
+    reference = {name: over(name) for name in groups}
+    if not set(reference.values()) & groups.keys():
+        needed = ", ".join(sorted(set(reference.values())))
+        raise ConfigError(f"methods: {needed} must be among them for ratios to it; got {', '.join(groups)}")
+    for name, other in reference.items():
+        theirs = batches(groups.get(other, [])) if name != other else {}
+        for batch, own in batches(groups[name]).items():
+            if batch in theirs:
+                found = results.ratio(own, theirs[batch], target, lambda c: c.steps)
                 half = math.nan if found.half_width is None or found.censored else found.half_width
                 rows.append((name, own[0].config.outer_batch_tokens, found.n, found.mean, half, bool(found.censored)))
     return pd.DataFrame(rows, columns=["method", "batch", "n", "ratio", "half_width", "lower_bound"])

@@ -50,6 +50,27 @@ def _solved_by(label: str, optimizer: str, line: tuple[str | int, int], **change
     return Variant(f"GN by {label}", "gauss_newton", solver | own, line=line)
 
 
+def _untuned() -> dict[str, Variant]:
+    """Values beside those that the baselines always have: what the paper sweeps for them and we do not tune (arXiv
+    2510.09378, section 4)."""
+    beta_2 = {"muon": (0.95, 0.99), "soap": (0.99, 0.999), "adamw": (0.95, 0.99)}
+    found = {}
+    for method, betas in beta_2.items():
+        values: dict[str, tuple[str, Changes]] = {
+            f"beta2_{beta}": (f"beta_2 {beta}", {"method.inner.betas": (0.9, beta)}) for beta in betas
+        }
+        for momentum in (0.9, 0.98) if method == "muon" else ():
+            values[f"momentum_{momentum}"] = (f"momentum {momentum}", {"method.inner.momentum": momentum})
+        for decay in (0.01, 0.1):
+            values[f"decay_{decay}"] = (f"weight decay {decay}", {"method.inner.weight_decay": decay})
+        values["averaged"] = ("weights averaged", {"evaluation.average": 0.9})
+        for index, (name, (label, changes)) in enumerate(values.items()):
+            own = f"{METHODS[method].label}, {label}"
+            found[f"{method}_{name}"] = Variant(own, method, changes, tuned=False, line=(index % 4, index // 4))
+    return found
+
+
+UNTUNED = _untuned()
 TEN_LENGTHS: Changes = {"method.line_search.candidates": 10}
 """Down to 1/23 of the subproblem's solution, where others go to 1/4."""
 VARIANTS: dict[str, Variant] = {
@@ -92,6 +113,7 @@ VARIANTS: dict[str, Variant] = {
     "quarter_n": Variant("GN, N / 4", "gauss_newton", tuned=False, inner_steps=0.25, line=(0, 2)),
     "half_n": Variant("GN, N / 2", "gauss_newton", tuned=False, inner_steps=0.5, line=(3, 3)),
     "double_n": Variant("GN, 2 N", "gauss_newton", tuned=False, inner_steps=2.0),
+    **UNTUNED,
 }
 
 
@@ -130,6 +152,11 @@ def find_setting(name: str, batch: int | None = None, budget: bool = False) -> S
     if batch is not None and batch < 1:
         raise ConfigError(f"batch: {batch}; at least 1 sequence")
     return Setting(name, batch, budget)
+
+
+def base_label(label: str) -> str:
+    """The label of the method that a variant of this label changes; a method's own."""
+    return next((METHODS[v.base].label for v in VARIANTS.values() if v.label == label), label)
 
 
 def home_batch(profile: str) -> int:

@@ -32,7 +32,7 @@ def lines(figure) -> dict:  # type: ignore[no-untyped-def,type-arg]
     return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
 
 
-@pytest.mark.parametrize("study", sorted(STUDIES.keys() - {"variants"}))  # these are drawn as points
+@pytest.mark.parametrize("study", sorted(STUDIES.keys() - {"variants", "baseline_settings"}))  # drawn as points
 def test_no_two_lines_of_a_study_look_alike(study: str) -> None:
     styles = [plots.styles()[find_setting(name).label] for name in STUDIES[study].methods]
     assert len({str(style) for style in styles}) == len(styles)

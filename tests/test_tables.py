@@ -10,10 +10,11 @@ import pytest
 from test_results import SEARCH, TRAIN, made
 
 from gnlib import tables
+from gnlib.config import ConfigError
 from gnlib.files import home
 from gnlib.record import Record
 from gnlib.results import ends, steps_to_target
-from gnlib.variants import Setting
+from gnlib.variants import Setting, base_label, find_setting
 
 
 def at_batch(record: Record, sequences: int, label: str | None = None) -> Record:
@@ -78,6 +79,15 @@ def test_ratios_are_over_gauss_newtons_at_the_same_batch_paired_by_seed() -> Non
     assert list(frame["ratio"]) == pytest.approx([2.375 / 1.5, 1.5, 1.0])
     assert list(frame["half_width"])[:2] == pytest.approx([0.0, 12.706 * 0.5])
     assert list(frame["lower_bound"]) == [False, False, True] and math.isnan(frame["half_width"].iloc[2])
+
+
+def test_ratios_can_be_over_another_method_for_each() -> None:
+    averaged = made("muon", [5.0, 4.5, 4.0])
+    averaged.label = find_setting("muon_averaged").label
+    frame = tables.ratios([made("muon", [5.0, 4.0]), averaged, made("soap", [5.0, 4.0])], 4.25, base_label)
+    assert frame[["method", "ratio"]].values.tolist() == [["Muon, weights averaged", pytest.approx(2.0)]]
+    with pytest.raises(ConfigError, match="methods: Muon must be among them for ratios to it; got Muon, weights"):
+        tables.ratios([averaged], 4.25, base_label)
 
 
 def test_steps_and_rates_by_batch() -> None:

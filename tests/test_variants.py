@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from gnlib.config import ConfigError, RunConfig
+from gnlib.measures import BASELINES
 from gnlib.methods import METHODS
 from gnlib.profiles import PROFILES, find_profile, run_config
 from gnlib.studies import STUDIES, study_runs, tuned_settings
 from gnlib.train import check
-from gnlib.variants import VARIANTS, Setting, find_setting, home_batch, key, most_steps, setting_config
+from gnlib.variants import UNTUNED, VARIANTS, Setting, find_setting, home_batch, key, most_steps, setting_config
 
 BATCHES = {name: profile.batches for name, profile in PROFILES.items()}
 
@@ -256,6 +257,10 @@ FIELDS = {  # in which a variant that is not tuned yet differs from its base
     "search_on_all": {"method.line_search.fraction"},
     "cold_start": {"method.inner.warm_start"},
     "double_n": {"method.inner.steps"},
+    "soap_beta2_0.999": {"method.inner.betas", "evaluation.stop_below"},
+    "muon_momentum_0.98": {"method.inner.momentum", "evaluation.stop_below"},
+    "adamw_decay_0.1": {"method.inner.weight_decay", "evaluation.stop_below"},
+    "adamw_averaged": {"evaluation.average", "evaluation.stop_below"},
 }
 
 
@@ -264,6 +269,12 @@ def test_a_variant_changes_what_it_is_named_for(name: str) -> None:
     base = run_config("laptop", VARIANTS[name].base)
     found = changed(base, setting_config("laptop", Setting(name)))
     assert found == FIELDS[name]
+
+
+def test_what_is_not_tuned_for_the_baselines_differs_from_what_they_have() -> None:
+    configs = [setting_config("laptop", Setting(name)) for name in (*BASELINES, *UNTUNED)]
+    assert len({config.recipe_id for config in configs}) == len(configs) == 3 + 17
+    assert {VARIANTS[name].base for name in UNTUNED} == set(BASELINES)
 
 
 def test_inner_steps_of_a_variant_are_one_at_least(home: Path) -> None:
