@@ -196,15 +196,6 @@ QUESTIONS = (
         "muon_search",
         at_least=3.0,
     ),
-    Question(
-        "Another beta_2, momentum, weight decay or averaged weights save no baseline more than 5 % of its steps",
-        "swept",
-        "best variant's steps / the baseline's",
-        "baseline_settings",
-        STUDIES["baseline_settings"].methods,
-        measures.best_setting_ratio,
-        at_least=0.95,
-    ),
     _steps_claim(
         "Muon is the better inner solver: with AdamW GN takes at least 1.05x the steps",
         "better",

@@ -42,13 +42,14 @@ class UnfinishedError(StudyError):
 
 
 class Slots:
-    """Places for runs of this machine, `count` at a time, which the threads of a sweep share; they are dealt out over
-    its GPUs in turn."""
+    """Places for runs of this machine, `count` at a time, which the threads of a sweep share; its GPUs have as many
+    each."""
 
     def __init__(self, count: int) -> None:
         if count < 1:
             raise ConfigError(f"jobs: {count}; at least 1")
         self.count, self.closed = count, False
+        self._gpus = [_gpu(slot) for slot in range(count)]
         self._work: dict[int, float] = {}  # of the slots that are taken
         self._lock = Lock()
 
@@ -68,7 +69,7 @@ class Slots:
 
     def _load(self, slot: int) -> float:
         """On a slot's GPU."""
-        return sum(work for other, work in self._work.items() if _gpu(other) == _gpu(slot))
+        return sum(work for other, work in self._work.items() if self._gpus[other] == self._gpus[slot])
 
     def close(self) -> None:
         """Have every thread end its runs; they continue from their checkpoints next time."""

@@ -150,9 +150,9 @@ def cost_by_batch(
 ) -> Figure:
     """Cost of the target on `axis` against the outer batch (`results.steps_to_target`), both logarithmic.
 
-    For outer steps, dotted: perfect linear scaling from each method's smallest batch, and a stroke where 1.2 times that
-    is the method's `critical` batch, if it is between two batches. Open triangles are lower bounds, from batches at
-    which a run ended above the target.
+    For outer steps, dotted: perfect linear scaling from the smallest batch, for methods that were run there, and a
+    stroke where 1.2 times that is the method's `critical` batch, if it is between two batches. Open triangles are lower
+    bounds, from batches at which a run ended above the target.
     """
     _check_axis(axis, AXES)
     strokes = {name: one.mean for name, one in (critical or {}).items() if not one.bound and not math.isnan(one.mean)}
@@ -164,7 +164,7 @@ def cost_by_batch(
             colour = _band(axes, mean.index, by_batch[axis], name)
             axes.plot(mean[bounds], "^", color=colour, markersize=7, fillstyle="none")
             work = mean.iloc[0] * mean.index[0]  # tokens, at the smallest batch
-            if axis == "outer_step":
+            if axis == "outer_step" and mean.index[0] == reached["batch"].min():
                 axes.plot(mean.index, work / mean.index, color=colour, lw=0.8, linestyle=":")
             if place := strokes.get(name):
                 axes.plot([place], [EXCESS * work / place], "|", color=colour, markersize=14, markeredgewidth=1.5)

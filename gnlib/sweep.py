@@ -21,7 +21,7 @@ from gnlib.studies import STUDIES, check_possible, study_runs
 from gnlib.study import run_study
 from gnlib.train import pinned
 from gnlib.tune import told, tune
-from gnlib.variants import Setting, key, setting_config, tunable
+from gnlib.variants import Setting, key, setting_config, starts_near, tunable
 
 
 def sweep(
@@ -60,7 +60,7 @@ def sweep(
         orders = list(dict.fromkeys(run.config.seed for run in runs))
         swept = _Sweep(profile, orders, tuned, fresh, slots, bar)
         with ThreadPoolExecutor(len(chains)) as threads, _stopping(slots, minutes):
-            for name in sorted(chains, key=lambda name: len(_waits_for(name, chains[name]))):  # what others wait for
+            for name in sorted(chains, key=lambda name: len(_waits_for(profile, chains[name]))):  # what others wait for
                 swept.chains[name] = threads.submit(swept.follow, name, chains[name])
             failed, stopped = _problems(swept.chains)
     if failed:
@@ -83,7 +83,7 @@ class _Sweep:
 
     def follow(self, name: str, members: Sequence[Setting]) -> None:
         """One chain: wait for those that it starts from, tune, run the data orders."""
-        for other in _waits_for(name, members):
+        for other in _waits_for(self.profile, members):
             if other in self.chains:
                 self.chains[other].exception()
         if self.tuned and not tuning(self.profile, name).get("interior"):
@@ -94,11 +94,12 @@ class _Sweep:
         self.bar.update()
 
 
-def _waits_for(name: str, members: Sequence[Setting]) -> set[str]:
-    """The entries on whose best settings it depends where this one's search starts: its method's and, of a variant,
-    its own at the profile's batch, and its batch's."""
+def _waits_for(profile: str, members: Sequence[Setting]) -> set[str]:
+    """The entries on whose best settings it depends where a chain's search starts: its method's at the profile's batch,
+    and those near its own."""
     setting = tunable(members[0])
-    return {setting.base, setting.name, name.removesuffix(":budget")} - {name}
+    near = {key(profile, one) for one in starts_near(profile, setting)}
+    return {setting.base, *near} - {key(profile, setting)}
 
 
 def _chains(profile: str, settings: Iterable[Setting]) -> dict[str, list[Setting]]:

@@ -190,7 +190,7 @@ def setting_config(
     else:
         start = scaled(profile, run_config(profile, setting.base, seed), setting)
     own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else {}
-    near, ending = _rates(profile, setting), _ending(profile, setting)
+    near, ending = _near(profile, setting), _ending(profile, setting)
     return start.replace(_varied(start, variant), near, ending, own, changes or {})
 
 
@@ -228,18 +228,30 @@ def _budget_steps(profile: str, batch: int) -> int:
     return budget // batch
 
 
-def _rates(profile: str, setting: Setting) -> Changes:
-    """The learning rates or the damping that a search away from home starts from: at a budget those tuned for steps to
-    the target at the same batch, else those at the profile's own batch, where a variant may need others than its
-    method."""
-    if setting.at_home(profile) or tunable(setting) != setting:  # which runs with its method's
-        return {}
-    near = [Setting(setting.name)]
+def starts_near(profile: str, setting: Setting) -> list[Setting]:
+    """The settings from whose tuned ones a search away from home starts, the nearest first: at a budget the same batch
+    without one, at a batch beyond the profile's the next smaller one, and the profile's own batch, where a variant may
+    need other rates than its method."""
+    near, found = [Setting(setting.name)], find_profile(profile)
     if setting.budget:
         near.insert(0, replace(setting, budget=False))
-    tuned = (tuning(profile, key(profile, one)).get("settings", {}) for one in near)
-    lengths = ("outer_steps", "method.inner.warmup")  # these follow the batch
-    return {name: value for name, value in next(filter(None, tuned), {}).items() if name not in lengths}
+    elif setting.batch in found.larger:
+        smaller = max(batch for batch in (*found.batches, *found.larger) if batch < setting.batch)
+        near.insert(0, replace(setting, batch=smaller))
+    return near
+
+
+def _near(profile: str, setting: Setting) -> Changes:
+    """What the search for a setting's own rates starts from, of the first of those near that is tuned: its learning
+    rates or damping, and at a batch beyond the profile's, past the critical one of most methods, its length too."""
+    if setting.at_home(profile) or tunable(setting) != setting:  # which runs with its method's
+        return {}
+    for one in starts_near(profile, setting):
+        if found := tuning(profile, key(profile, one)).get("settings"):
+            scaled_already = one.batch in (None, setting.batch)  # by `scaled`, with the batch or the budget
+            lengths = ("outer_steps", "method.inner.warmup") if scaled_already else ()
+            return {name: value for name, value in found.items() if name not in lengths}
+    return {}
 
 
 def length(steps: int, ratio: float, setting: Setting) -> int:

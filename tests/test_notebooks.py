@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gnlib.model import shapes_only
 from gnlib.profiles import find_profile, run_config
 from gnlib.record import Record
 from gnlib.studies import existing_records, study_records, study_runs
+from gnlib.variants import base_label
 
 Table = Callable[[list[Record], float], Any]  # records, target -> the table behind the figure
 
@@ -44,10 +46,11 @@ FIGURES: dict[str, tuple[str, Table]] = {  # notebook -> study, table
     "08_inner_solver": ("inner_solver", curves),
     "09_stateless_optimizers": ("stateless", curves),
     "13_variants": ("variants", tables.ratios),
+    "14_baseline_settings": ("baseline_settings", partial(tables.ratios, over=base_label)),
 }
 DRAWN = {  # profile -> notebooks whose figure is committed
     "laptop": list(FIGURES),
-    "h200": list(FIGURES),
+    "h200": [stem for stem in FIGURES if stem != "14_baseline_settings"],
     "english-45m": ["01_iteration_complexity"],
 }
 ORDERS = {"english-45m": [0]}  # data orders drawn, where they are not the profile's own
@@ -212,7 +215,7 @@ def test_what_is_said_of_larger_batches_is_that_of_the_shipped_records() -> None
             runs = groups.get(name)
             steps = str(results.ratio(runs, groups["GN"], target, lambda c: c.steps)) if runs else "not run"
             found.setdefault(name, []).append(steps)
-    assert rows_of("README.md", "| steps / GN's | 2.1 M | 8.4 M | 33.5 M |") == found
+    assert rows_of("README.md", "| steps / GN's | 2.1 M | 8.4 M | 33.6 M |") == found
 
 
 def test_what_is_said_of_the_fixed_budget_is_that_of_the_shipped_records() -> None:

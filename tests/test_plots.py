@@ -80,6 +80,13 @@ def test_the_scaling_line_starts_at_the_smallest_batch_and_bounds_are_marked() -
     assert len(tokens.lines) == 2  # linear scaling is a statement about steps
 
 
+def test_a_method_that_was_not_run_at_the_smallest_batch_has_no_scaling_line() -> None:
+    late = made("soap", [5.0, 4.5, 4.0])
+    late.config = late.config.replace(outer_batch=64)
+    (axes,) = plots.cost_by_batch(results.steps_to_target([*batches(), late], TARGET)).axes
+    assert len([line for line in axes.lines if line.get_linestyle() == ":"]) == 1
+
+
 def test_a_stroke_marks_a_critical_batch_between_two_batches_on_1_2_times_the_scaling_line() -> None:
     reached = results.steps_to_target(batches(), TARGET)
     inside, beyond = CriticalBatch(512.0, 500.0, 520.0, 3), CriticalBatch(4096.0, 4096.0, 4096.0, 3, "above")

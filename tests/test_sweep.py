@@ -94,9 +94,10 @@ def test_a_search_waits_for_the_one_that_it_starts_from(
 
 def test_a_tuned_variant_at_another_batch_waits_for_its_method_and_for_itself_at_the_profiles() -> None:
     """Its search starts from the rates that were tuned there (`variants.setting_config`)."""
-    waits = sweeping._waits_for("gauss_newton_no_search@512", [Setting("gauss_newton_no_search", 512)])
+    waits = sweeping._waits_for("laptop", [Setting("gauss_newton_no_search", 512)])
     assert waits == {"gauss_newton", "gauss_newton_no_search"}
-    assert sweeping._waits_for("gauss_newton_no_search", [Setting("gauss_newton_no_search")]) == {"gauss_newton"}
+    assert sweeping._waits_for("laptop", [Setting("gauss_newton_no_search")]) == {"gauss_newton"}
+    assert sweeping._waits_for("h200", [Setting("adamw", 65536)]) == {"adamw", "adamw@16384"}
 
 
 def test_variants_that_run_with_their_methods_settings_wait_for_its_tuning(monkeypatch: pytest.MonkeyPatch) -> None:

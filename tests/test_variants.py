@@ -27,8 +27,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def tuned(home: Path, **entries: dict[str, Any]) -> None:
-    path = home / "data" / "records" / "laptop" / "tuned.json"
+def tuned(home: Path, profile: str = "laptop", **entries: dict[str, Any]) -> None:
+    path = home / "data" / "records" / profile / "tuned.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({name: {"settings": settings} for name, settings in entries.items()}))
 
@@ -307,6 +307,18 @@ def test_at_a_budget_the_search_starts_from_the_rates_tuned_at_the_same_batch(ho
     assert (found.method.inner.lr, found.method.inner.adam_lr, found.outer_steps) == (0.3, 0.2, 128)
     elsewhere = setting_config("laptop", Setting("muon", 512, budget=True), use_tuned=False)
     assert elsewhere.method.inner.lr == 0.1
+
+
+def test_beyond_the_profiles_batches_the_search_starts_from_all_that_was_tuned_at_the_next_smaller(home: Path) -> None:
+    """Where a baseline gains nothing from the batch any more, its length stays too."""
+    at_home = {"method.inner.lr": 0.3, "outer_steps": 24, "method.inner.warmup": 6}
+    smaller = {"method.inner.lr": 0.1, "outer_steps": 20, "method.inner.warmup": 4}
+    tuned(home, "h200", **{"muon": at_home, "muon@16384": smaller})
+    inner = (found := setting_config("h200", Setting("muon", 65536))).method.inner
+    assert (inner.lr, found.outer_steps, inner.warmup) == (0.1, 20, 4)
+    tuned(home, "h200", muon=at_home)
+    inner = (found := setting_config("h200", Setting("muon", 65536))).method.inner
+    assert (inner.lr, found.outer_steps, inner.warmup) == (0.3, 24, 6)  # as many as at home
 
 
 def test_a_variant_starts_at_another_batch_from_its_own_rates_and_its_methods_length(home: Path) -> None:
