@@ -19,7 +19,7 @@ from gnlib.results import Estimate, by_method
 from gnlib.studies import complete_settings, study_runs
 from gnlib.study import of_one_text
 from gnlib.tune import SEED, outdone
-from gnlib.variants import Setting, key, tunable
+from gnlib.variants import Setting, borrows, key
 
 NOT_RUN, UNDECIDED = "not run", "undecided"
 NOT_INTERIOR, OUTDONE = "†", "‡"
@@ -118,7 +118,7 @@ class Question:
         of_one_text(records, f"{self.study}, profile {profile}")
         found = self.measure(by_method(records), target)
         of_tuning = any(record.config.seed == SEED for record in records)
-        borrowed = any(tunable(setting) != setting for setting in decisive)
+        borrowed = any(borrows(profile, setting) for setting in decisive)
         marks = _marks([tuning(profile, name) for name in {key(profile, s) for s in decisive}], borrowed or of_tuning)
         return self._answered(found, f"{found} {marks}".rstrip(), marks)
 

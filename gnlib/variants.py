@@ -22,7 +22,7 @@ class Variant:
     """Name of the method it changes, of `methods.METHODS`."""
     changes: Changes = field(default_factory=dict)
     tuned: bool = True
-    """Whether it has settings of its own; else it takes those of its base."""
+    """Whether it is tuned by itself; else, and until it is, it runs with the settings of its base at the same batch."""
     inner_steps: float = 1.0
     """Inner steps N, times those of the base."""
     line: tuple[str | int, int] = ("", 1)
@@ -31,12 +31,12 @@ class Variant:
 
 
 def _scheduled(label: str, name: str, colour: int) -> Variant:
-    return Variant(f"GN, {label}", "gauss_newton", {"method.inner.schedule": name}, tuned=False, line=(colour, 0))
+    return Variant(f"GN, {label}", "gauss_newton", {"method.inner.schedule": name}, line=(colour, 0))
 
 
 def _searching(method: str, colour: int) -> Variant:
     label, own = f"{METHODS[method].label} with line search", {"method.line_search.fraction": 0.25}
-    return Variant(label, method, {"method.line_search": {}} | own, tuned=False, line=(colour, 1))
+    return Variant(label, method, {"method.line_search": {}} | own, line=(colour, 1))
 
 
 def _search(label: str, colour: int, **changes: object) -> Variant:
@@ -94,9 +94,7 @@ VARIANTS: dict[str, Variant] = {
     "layerwise_ten_lengths": Variant(
         "Layerwise GN, ten step lengths", "layerwise", TEN_LENGTHS, tuned=False, line=("layerwise", 3)
     ),
-    "cold_start": Variant(
-        "GN, no warm start", "gauss_newton", {"method.inner.warm_start": False}, tuned=False, line=("", 2)
-    ),
+    "cold_start": Variant("GN, no warm start", "gauss_newton", {"method.inner.warm_start": False}, line=("", 2)),
     "muon_search": _searching("muon", 0),
     "soap_search": _searching("soap", 1),
     "adamw_search": _searching("adamw", 3),
@@ -165,7 +163,7 @@ def home_batch(profile: str) -> int:
 
 
 def tunable(setting: Setting) -> Setting:
-    """The setting whose tuned entry it runs with: itself, or that of its base."""
+    """The setting by whose tuned entry it runs: itself, or for a variant that is not tuned its base."""
     variant = VARIANTS.get(setting.name)
     return setting if variant is None or variant.tuned else replace(setting, name=variant.base)
 
@@ -178,6 +176,14 @@ def key(profile: str, setting: Setting) -> str:
     return f"{name}@{setting.batch or home_batch(profile)}{':budget' if setting.budget else ''}"
 
 
+def borrows(profile: str, setting: Setting) -> bool:
+    """Whether a variant runs with its base's settings: it is not tuned by itself, or not yet, here or nearby."""
+    if tunable(setting) != setting:
+        return True
+    near = [] if setting.at_home(profile) else starts_near(profile, setting)
+    return setting.name in VARIANTS and not any(tuning(profile, key(profile, one)) for one in (setting, *near))
+
+
 def setting_config(
     profile: str, setting: Setting, seed: int = 0, changes: Changes | None = None, use_tuned: bool = True
 ) -> RunConfig:
@@ -185,8 +191,8 @@ def setting_config(
     variant = VARIANTS.get(setting.name)
     if variant is None and setting.at_home(profile):
         return run_config(profile, setting.name, seed, changes, use_tuned)
-    if tunable(setting) != setting:
-        start, use_tuned = setting_config(profile, tunable(setting), seed), False
+    if tunable(setting) != setting or (use_tuned and borrows(profile, setting)):
+        start, use_tuned = setting_config(profile, replace(setting, name=setting.base), seed), False
     else:
         start = scaled(profile, run_config(profile, setting.base, seed), setting)
     own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else {}

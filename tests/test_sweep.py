@@ -102,7 +102,7 @@ def test_a_tuned_variant_at_another_batch_waits_for_its_method_and_for_itself_at
 
 def test_variants_that_run_with_their_methods_settings_wait_for_its_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
-    sweep(["line_search"], "tiny", methods=["cold_start", "search_on_all", "muon_search"], seeds=[1])
+    sweep(["line_search"], "tiny", methods=["half_n", "search_on_all", "muon_averaged"], seeds=[1])
     assert sorted(calls.events) == [("run", "muon@64")] * 3 + [("tune", "gauss_newton"), ("tune", "muon")]
 
 

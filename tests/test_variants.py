@@ -16,7 +16,17 @@ from gnlib.methods import METHODS
 from gnlib.profiles import PROFILES, find_profile, run_config
 from gnlib.studies import STUDIES, study_runs, tuned_settings
 from gnlib.train import check
-from gnlib.variants import UNTUNED, VARIANTS, Setting, find_setting, home_batch, key, most_steps, setting_config
+from gnlib.variants import (
+    UNTUNED,
+    VARIANTS,
+    Setting,
+    borrows,
+    find_setting,
+    home_batch,
+    key,
+    most_steps,
+    setting_config,
+)
 
 BATCHES = {name: profile.batches for name, profile in PROFILES.items()}
 
@@ -112,7 +122,7 @@ def test_a_method_named_twice_runs_once() -> None:
 
 
 def test_what_a_study_is_tuned_for_are_its_methods_and_the_variants_with_settings_of_their_own() -> None:
-    found = tuned_settings("line_search", "laptop", ["cold_start", "gauss_newton_no_search"])
+    found = tuned_settings("line_search", "laptop", ["search_on_all", "gauss_newton_no_search"])
     assert found == {
         "gauss_newton": Setting("gauss_newton", 2048),
         "gauss_newton_no_search": Setting("gauss_newton_no_search", 2048),
@@ -121,7 +131,7 @@ def test_what_a_study_is_tuned_for_are_its_methods_and_the_variants_with_setting
 
 def test_a_variant_that_is_not_tuned_follows_the_data_order_and_the_settings_of_its_method(home: Path) -> None:
     tuned(home, gauss_newton={"method.inner.lr": 0.123})
-    config = setting_config("laptop", Setting("cold_start"), seed=3)
+    config = setting_config("laptop", Setting("half_n"), seed=3)
     assert (config.seed, config.method.inner.lr) == (3, 0.123)
 
 
@@ -289,9 +299,24 @@ def test_inner_steps_of_a_variant_are_a_multiple_of_its_methods() -> None:
 def test_a_variant_without_tuning_of_its_own_runs_with_its_methods_at_the_same_batch(home: Path) -> None:
     tuned(home, **{"muon": {"method.inner.lr": 0.3}, "muon@128": {"method.inner.lr": 0.07}})
     for batch, lr in ((None, 0.3), (128, 0.07)):
-        config = setting_config("laptop", Setting("muon_search", batch))
-        assert config.method.inner.lr == lr and config.method.line_search is not None
-    assert list(tuned_settings("line_search", "laptop")) == ["gauss_newton", "gauss_newton_no_search", "muon"]
+        config = setting_config("laptop", Setting("muon_decay_0.1", batch))
+        assert config.method.inner.lr == lr and config.method.inner.weight_decay == 0.1
+        assert borrows("laptop", Setting("muon_decay_0.1", batch))
+    assert "muon_decay_0.1" not in tuned_settings("baseline_settings", "laptop")
+
+
+def test_a_variant_runs_with_its_methods_settings_until_it_is_tuned_here_or_nearby(home: Path) -> None:
+    """Its search starts from those at the profile's batch all the same, which is the last before nothing is known."""
+    entries = {"muon": {"method.inner.lr": 0.3}, "muon@128": {"method.inner.lr": 0.07}}
+    tuned(home, **entries)
+    setting = Setting("muon_search", 128)
+    assert setting_config("laptop", setting).method.inner.lr == 0.07 and borrows("laptop", setting)
+    assert setting_config("laptop", setting, use_tuned=False).method.inner.lr == 0.3
+    tuned(home, **entries, muon_search={"method.inner.lr": 0.2})
+    assert setting_config("laptop", setting).method.inner.lr == 0.2 and not borrows("laptop", setting)
+    tuned(home, **entries, **{"muon_search@128": {"method.inner.lr": 0.1}})
+    assert setting_config("laptop", setting).method.inner.lr == 0.1 and not borrows("laptop", setting)
+    assert not borrows("laptop", Setting("muon", 128)) and not borrows("laptop", Setting("adamw", 128))
 
 
 def test_past_the_profiles_batch_a_baseline_starts_with_as_many_steps(home: Path) -> None:
