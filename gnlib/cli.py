@@ -222,14 +222,23 @@ def tune(
     settings = list(tuned_settings(study, profile).values()) if study else named
     for setting in settings:  # all names and the batch before the first hour
         setting_config(profile, setting)
+    unread = []
     for setting in settings:
         if dry_run:
             interior = tuning(profile, key(profile, setting)).get("interior")
             state = {None: "missing", True: "interior", False: "not interior"}[interior]
             print(f"{command_for(profile, setting)}  # {state}")
             continue
-        entry = tune_method(profile, setting, jobs, allow_run=not no_run, fresh=fresh)
-        print(f"{key(profile, setting)}: {told(entry)}", flush=True)
+        try:
+            entry = tune_method(profile, setting, jobs, allow_run=not no_run, fresh=fresh)
+        except StudyError as error:
+            if not no_run:
+                raise
+            unread.append(str(error))  # of the others there may be records
+        else:
+            print(f"{key(profile, setting)}: {told(entry)}", flush=True)
+    if unread:
+        raise StudyError("\n".join(unread))
 
 
 @app.command

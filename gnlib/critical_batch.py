@@ -114,10 +114,11 @@ def _by_seed(records: Sequence[Record], target: float) -> dict[int, dict[int, Cr
 
 
 def fit(records: Sequence[Record], target: float) -> tuple[float, float]:
-    """(a, c) of steps = a + c / batch (tokens), over the runs that reached the target; nan for fewer than 2 batches."""
+    """(a, c) of steps = a + c / batch (tokens), over the runs that reached the target; nan for fewer than 3 batches, as
+    two are met exactly."""
     pairs = [(record.config.outer_batch_tokens, crossing(record, target)) for record in records]
     reached = [(batch, c.steps) for batch, c in pairs if not c.censored and c.steps]
-    if len({batch for batch, _ in reached}) < 2:
+    if len({batch for batch, _ in reached}) < 3:
         return math.nan, math.nan
     batch, steps = (np.array(column, dtype=float) for column in zip(*reached, strict=True))
     (floor, slope), *_ = np.linalg.lstsq(np.stack([1 / steps, 1 / (batch * steps)], 1), np.ones(len(steps)), rcond=None)

@@ -42,18 +42,17 @@ class UnfinishedError(StudyError):
 
 
 class Slots:
-    """Places for runs of this machine, `count` at a time, which the threads of a sweep share; its GPUs have as many
-    each."""
+    """Places for runs of this machine, `count` at a time, which the threads of a sweep share, dealt out to its GPUs."""
 
     def __init__(self, count: int) -> None:
         if count < 1:
             raise ConfigError(f"jobs: {count}; at least 1")
         self.count, self.closed = count, False
-        self._gpus = [_gpu(slot) for slot in range(count)]
+        self.gpus = [_gpu(slot) for slot in range(count)]
         self._work: dict[int, float] = {}  # of the slots that are taken
         self._lock = Lock()
 
-    def take(self, work: float = 1.0) -> int | None:
+    def take(self, work: float) -> int | None:
         """A free slot of the GPU with the least work under way (in any unit), or None."""
         with self._lock:
             free = [slot for slot in range(self.count) if slot not in self._work]
@@ -69,7 +68,7 @@ class Slots:
 
     def _load(self, slot: int) -> float:
         """On a slot's GPU."""
-        return sum(work for other, work in self._work.items() if self._gpus[other] == self._gpus[slot])
+        return sum(work for other, work in self._work.items() if self.gpus[other] == self.gpus[slot])
 
     def close(self) -> None:
         """Have every thread end its runs; they continue from their checkpoints next time."""
@@ -175,13 +174,13 @@ def default_jobs(configs: Sequence[RunConfig]) -> int:
 def _launched(slots: Slots, slot: int, config: RunConfig, keep_weights: bool) -> _Job:
     """A run that cannot be launched gives its slot back."""
     try:
-        return _launch(config, slot, keep_weights)
+        return _launch(config, slot, slots.gpus[slot], keep_weights)
     except BaseException:
         slots.give(slot)
         raise
 
 
-def _launch(config: RunConfig, slot: int, keep_weights: bool) -> _Job:
+def _launch(config: RunConfig, slot: int, gpu: str, keep_weights: bool) -> _Job:
     folder = run_folder(config)
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(config.model_dump_json(indent=1) + "\n")
@@ -189,7 +188,7 @@ def _launch(config: RunConfig, slot: int, keep_weights: bool) -> _Job:
     command += ["--keep-weights"] if keep_weights else []
     environment = os.environ | {"OMP_NUM_THREADS": str(config.compute.threads), "GNLIB_HOME": str(home())}
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot)
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     log = folder / "log.txt"
     with open(log, "wb") as file:
         process = _spawn(command, environment, file)

@@ -48,12 +48,13 @@ def _best_ratio(others: Sequence[Sequence[Record]], reference: Sequence[Record],
 
 def best_setting_ratio(groups: Groups, target: float) -> Estimate:
     """Steps of a seed's best variant of a baseline over the baseline's own; of the baseline whose interval reaches
-    lowest."""
+    lowest. NaN where one of them, or all of its variants, are missing."""
     found = []
-    for label in {find_setting(name).label for name in BASELINES}:
+    for label in [find_setting(name).label for name in BASELINES]:
         others = [records for name, records in groups.items() if name != label and base_label(name) == label]
-        found.append(_best_ratio(others, groups[label], target))
-    return min(found, key=lambda one: one.interval[0])
+        found.append(_best_ratio(others, groups.get(label, []), target))
+    unknown = [one for one in found if math.isnan(one.mean)]
+    return min(unknown or found, key=lambda one: one.interval[0])
 
 
 def _failed(record: Record, target: float) -> bool:

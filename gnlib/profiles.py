@@ -289,6 +289,10 @@ def _check_batches(name: str, found: Profile) -> None:
     own, them = found.base.get("outer_batch", RunConfig().outer_batch), ", ".join(map(str, found.batches))
     if list(found.batches) != sorted(set(found.batches)):
         raise ConfigError(f"profile: the batches of {name!r}, {them}, do not ascend")
+    beyond = (*found.batches[-1:], *found.larger)
+    if found.larger and (not found.batches or list(beyond) != sorted(set(beyond))):
+        larger = ", ".join(map(str, found.larger))
+        raise ConfigError(f"profile: the larger batches of {name!r}, {larger}, do not ascend beyond the others, {them}")
     if found.batches and own not in found.batches:
         raise ConfigError(f"profile: the outer batch of {name!r}, {own}, is not among its batches {them}")
     if any(found.budget % batch or 0 < found.budget < 2 * batch for batch in found.batches):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -118,8 +118,9 @@ class Question:
         of_one_text(records, f"{self.study}, profile {profile}")
         found = self.measure(by_method(records), target)
         of_tuning = any(record.config.seed == SEED for record in records)
-        borrowed = any(borrows(profile, setting) for setting in decisive)
-        marks = _marks([tuning(profile, name) for name in {key(profile, s) for s in decisive}], borrowed or of_tuning)
+        borrowed = [replace(setting, name=setting.base) for setting in decisive if borrows(profile, setting)]
+        entries = [tuning(profile, name) for name in {key(profile, setting) for setting in (*decisive, *borrowed)}]
+        marks = _marks(entries, bool(borrowed) or of_tuning)
         return self._answered(found, f"{found} {marks}".rstrip(), marks)
 
     def _answered(self, found: Estimate, ours: str, marks: str = "") -> Claim:

@@ -175,7 +175,7 @@ def _say_left_out(settings: Iterable[Setting], command: str) -> None:
         by_batch.setdefault(setting.batch or 0, []).append(setting.label)
     for batch, labels in by_batch.items():
         at = f" at {batch} sequences" if batch else ""
-        print(f"not all runs are there, left out: {', '.join(labels)}{at}; run: {command}")
+        print(f"not all runs are there, left out: {'; '.join(labels)}{at}; run: {command}")
 
 
 def complete_settings(
@@ -217,6 +217,7 @@ def tuned_settings(name: str, profile: str, methods: Sequence[str] | None = None
     """What a study (some of its methods) has to be tuned for: tuned.json's key -> setting."""
     study = find_study(name)
     settings: dict[str, Setting] = {}
-    for setting in study.settings(profile, methods or study.methods):
+    at_home_first = sorted(study.settings(profile, methods or study.methods), key=lambda one: not one.at_home(profile))
+    for setting in at_home_first:  # others start from it
         settings.setdefault(key(profile, setting), tunable(setting))
     return settings

@@ -59,15 +59,13 @@ def mean_steps(target: float) -> Callable[[Sequence[Record]], Estimate]:
 def ratios(records: Sequence[Record], target: float, over: Callable[[str], str] = lambda name: "GN") -> pd.DataFrame:
     """Steps to the target over those of a method's reference (of both the labels), Gauss-Newton by default, at the same
     batch (tokens), paired by seed: one row a method and batch at which both were run, with the half width of the 95 %
-    interval (nan for one seed, and for a lower bound). ConfigError where no reference was run, or nothing else."""
+    interval (nan for one seed, and for a lower bound). ConfigError where no method has its reference beside it."""
     import pandas as pd
 
     groups, rows = by_method(records), []
-    reference = {name: over(name) for name in groups}
-    others = {name: own for name, own in reference.items() if name != own}
-    if not set(reference.values()) & groups.keys() or not others:
-        needed = ", ".join(sorted(set(reference.values())))
-        raise ConfigError(f"methods: {needed} and others must be among them for ratios; got {', '.join(groups)}")
+    others = {name: reference for name in groups if (reference := over(name)) != name}
+    if not set(others.values()) & groups.keys():
+        raise ConfigError(f"methods: ratios need a method and what they are over; got {'; '.join(groups)}")
     for name, other in others.items():
         theirs = batches(groups.get(other, []))
         for batch, own in batches(groups[name]).items():

@@ -1,8 +1,9 @@
 """What the studies run beyond the methods at the profile's own batch: variants of a method, other batches, a budget.
 
 A `Setting` names such a run apart from its data order and `setting_config` makes its configuration: the base method as
-tuned at the profile's outer batch, scaled to the setting's batch and length, then the variant's changes, then rates
-tuned nearby, then what `gnlib tune` found for the setting itself (tuned.json's entry `key`).
+tuned at the profile's outer batch, scaled to the setting's batch and length, then the variant's changes, then what was
+tuned nearby, then what `gnlib tune` found for the setting itself (tuned.json's entry `key`). A variant without such an
+entry is its base at the same batch, as tuned there, with its changes.
 """
 
 from __future__ import annotations
@@ -163,13 +164,13 @@ def home_batch(profile: str) -> int:
 
 
 def tunable(setting: Setting) -> Setting:
-    """The setting by whose tuned entry it runs: itself, or for a variant that is not tuned its base."""
+    """The setting that is tuned for it: itself, or for a variant that is not tuned its base."""
     variant = VARIANTS.get(setting.name)
     return setting if variant is None or variant.tuned else replace(setting, name=variant.base)
 
 
 def key(profile: str, setting: Setting) -> str:
-    """The name of that entry in tuned.json."""
+    """The name of that setting's entry in tuned.json."""
     name = tunable(setting).name
     if setting.at_home(profile):
         return name
@@ -177,11 +178,8 @@ def key(profile: str, setting: Setting) -> str:
 
 
 def borrows(profile: str, setting: Setting) -> bool:
-    """Whether a variant runs with its base's settings: it is not tuned by itself, or not yet, here or nearby."""
-    if tunable(setting) != setting:
-        return True
-    near = [] if setting.at_home(profile) else starts_near(profile, setting)
-    return setting.name in VARIANTS and not any(tuning(profile, key(profile, one)) for one in (setting, *near))
+    """Whether a variant runs with its base's settings at the same batch: not tuned by itself, or not yet there."""
+    return setting.name in VARIANTS and (tunable(setting) != setting or not tuning(profile, key(profile, setting)))
 
 
 def setting_config(
@@ -191,13 +189,14 @@ def setting_config(
     variant = VARIANTS.get(setting.name)
     if variant is None and setting.at_home(profile):
         return run_config(profile, setting.name, seed, changes, use_tuned)
+    own: Changes = {}
+    near: Changes = {}
     if tunable(setting) != setting or (use_tuned and borrows(profile, setting)):
-        start, use_tuned = setting_config(profile, replace(setting, name=setting.base), seed), False
+        start = setting_config(profile, replace(setting, name=setting.base), seed)
     else:
-        start = scaled(profile, run_config(profile, setting.base, seed), setting)
-    own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else {}
-    near, ending = _near(profile, setting), _ending(profile, setting)
-    return start.replace(_varied(start, variant), near, ending, own, changes or {})
+        start, near = scaled(profile, run_config(profile, setting.base, seed), setting), _near(profile, setting)
+        own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else {}
+    return start.replace(_varied(start, variant), near, _ending(profile, setting), own, changes or {})
 
 
 def scaled(profile: str, config: RunConfig, setting: Setting) -> RunConfig:
@@ -250,7 +249,7 @@ def starts_near(profile: str, setting: Setting) -> list[Setting]:
 def _near(profile: str, setting: Setting) -> Changes:
     """What the search for a setting's own rates starts from, of the first of those near that is tuned: its learning
     rates or damping, and at a batch beyond the profile's, past the critical one of most methods, its length too."""
-    if setting.at_home(profile) or tunable(setting) != setting:  # which runs with its method's
+    if setting.at_home(profile):
         return {}
     for one in starts_near(profile, setting):
         if found := tuning(profile, key(profile, one)).get("settings"):

@@ -238,10 +238,23 @@ def test_each_claim_on_steps_is_over_the_method_that_it_names(words: str, home: 
 
 
 def test_a_variant_with_the_settings_of_its_method_is_marked_even_where_these_are_interior(home: Path) -> None:
+    """One that is not tuned by itself, and one that is not tuned yet; and it is outdone where its method is."""
     ship(home)  # all methods are interior there
-    for setting, config in study_runs("line_search", "tiny", [1], ["gauss_newton", "cold_start"]):
-        ship_as(home, config, made("gauss_newton", reaching(2 if setting.name == "gauss_newton" else 5), 1))
-    assert about(claims("tiny", seeds=[1]), "Warm start").ours == "2.50 †"
+    names = ["muon", "muon_search", "muon_decay_0.1", "gauss_newton"]
+    for setting, config in study_runs("line_search", "tiny", [1], names):
+        ship_as(home, config, made(setting.base, reaching(2 if setting.name == "gauss_newton" else 5), 1))
+    asked = Question("claim", "5", "ratio", "line_search", ("muon_decay_0.1",), lambda *_: Estimate(1.0, None, 1))
+    assert asked.answer("tiny", [1], fresh=False).marks == "†"
+    assert about(claims("tiny", seeds=[1]), "The line search explains").marks == "†"
+    table = home / "data" / "records" / "tiny" / "tuned.json"
+    better = [{"method.inner.lr": 0.5, "steps_to_target": 3.0}]
+    entries = json.loads(table.read_text())
+    entries["muon"] = {"settings": {"method.inner.lr": 0.04}, "interior": True, "trials": better}
+    table.write_text(json.dumps(entries))
+    for _, config in study_runs("line_search", "tiny", [1], names):
+        ship_as(home, config, made("muon", reaching(5), 1))
+    assert about(claims("tiny", seeds=[1]), "The line search explains").marks == "†‡"
+    assert asked.answer("tiny", [1], fresh=False).marks == "†‡"
 
 
 def test_stateless_methods_are_counted_in_tokens_to_adamws_final_loss(home: Path) -> None:

@@ -183,6 +183,12 @@ def test_a_budget_at_a_batch_that_does_not_divide_it_is_refused_before_anything_
     assert not files(home)
 
 
+def test_reading_the_tuning_of_a_study_goes_on_after_what_has_no_records_and_names_all_of_it(gnlib: Call) -> None:
+    code, _, said = gnlib("tune", "--profile", "tiny", "--study", "line_search", "--no-run")
+    assert code == 2 and said.count("no records to tune by") == 5
+    assert all(f"{name}, profile tiny: no records" in said for name in ("gauss_newton", "cold_start", "muon_search"))
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

@@ -102,6 +102,7 @@ def test_a_method_without_the_smallest_batch_has_no_critical_batch() -> None:
     assert math.isnan(found["late"].mean) and str(found["late"]) == "-"
     assert found["AdamW"].mean == pytest.approx(1.2 * 64)
     assert by_name(late, TARGET)["late"].mean == pytest.approx(1.2 * 256)
+    assert list(table([*runs(lambda b: 10.0), *late], TARGET)["B* (tokens)"]) == [str(found["AdamW"]), "-"]
 
 
 def label(record: Record, name: str) -> Record:
@@ -128,6 +129,7 @@ def test_a_critical_batch_prints_its_interval_from_low_to_high_and_one_seed_has_
 def test_the_fit_recovers_floor_and_slope() -> None:
     assert fit(runs(lambda b: 3 + 9000 / b), TARGET) == (pytest.approx(3), pytest.approx(9000))
     assert fit(runs(lambda b: 9000 / b - 1), TARGET)[0] == 0.0  # steps below proportion: no floor
+    assert math.isnan(fit(runs(lambda b: 3 + 9000 / b, batches=(64, 256)), TARGET)[0])  # two are met exactly
     one_batch = runs(lambda b: 3.0, 1, (64,)) + runs(lambda b: 5.0, 2, (64,))
     assert math.isnan(fit(one_batch[:1], TARGET)[0]) and math.isnan(fit(one_batch, TARGET)[0])  # however many seeds
     reached = runs(lambda b: 3 + 9000 / b)

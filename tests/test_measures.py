@@ -193,17 +193,32 @@ def test_the_middle_of_two_batches_is_the_larger_as_in_the_studies() -> None:
     assert measures.best_schedule_ratio("middle")(by_method(records), TARGET).mean == pytest.approx(1.5)
 
 
+def by_setting(**steps: tuple[int, ...]) -> Groups:
+    """Steps to the target of methods and variants, one a data order."""
+    return by_method(
+        [
+            run(find_setting(name).base, count, seed, label=find_setting(name).label)
+            for name, counts in steps.items()
+            for seed, count in enumerate(counts)
+        ]
+    )
+
+
 def test_the_best_setting_is_that_of_the_baseline_which_gains_most_by_seed() -> None:
-    """Muon's best variant takes 9 and 8 of its 10 steps, SOAP's all of 20, AdamW's 30 of 20."""
-    steps = {"muon": (10, 10), "muon_decay_0.1": (9, 12), "muon_beta2_0.95": (11, 8)}
-    steps |= {"soap": (20, 20), "soap_decay_0.1": (20, 20), "adamw": (20, 20), "adamw_averaged": (30, 30)}
-    records = [
-        run(find_setting(name).base, count, seed, label=find_setting(name).label)
-        for name, counts in steps.items()
-        for seed, count in enumerate(counts)
-    ]
-    found = measures.best_setting_ratio(by_method(records), TARGET)
+    """Muon's best variants take 9 and 8 of its 10 steps, SOAP's all of 20, AdamW's 30 of 20."""
+    steps = {"muon": (10, 10), "muon_decay_0.1": (9, 12), "muon_beta2_0.95": (11, 8), "adamw": (20, 20)}
+    steps |= {"soap": (20, 20), "soap_decay_0.1": (20, 20), "adamw_averaged": (30, 30)}
+    found = measures.best_setting_ratio(by_setting(**steps), TARGET)
     assert (found.mean, found.n) == (pytest.approx((0.9 + 0.8) / 2), 2)
+    del steps["adamw"]
+    assert math.isnan(measures.best_setting_ratio(by_setting(**steps), TARGET).mean)
+
+
+def test_where_all_settings_are_slower_it_is_the_one_that_may_be_lowest() -> None:
+    """SOAP's of 1 and 4 times its steps, not Muon's of 1.5 twice; and no method is among its own variants."""
+    steps = {"muon": (10, 10), "muon_decay_0.1": (15, 15), "soap": (20, 20), "soap_decay_0.1": (20, 80)}
+    steps |= {"adamw": (20, 20), "adamw_averaged": (40, 40)}
+    assert measures.best_setting_ratio(by_setting(**steps), TARGET).mean == pytest.approx((1 + 4) / 2)
 
 
 RATIOS = {"wide": ((4, 5), (4, 9)), "one and a half": ((4, 6), (4, 6)), "one": ((4, 4), (4, 4))}  # GN's, Muon's

@@ -178,6 +178,7 @@ def test_ratios_stand_beside_their_methods_a_colour_a_batch_and_bounds_are_open(
     assert 0.05 < above - place["Muon"] < 0.3 and 0.05 < place["Muon"] - below < 0.3
     assert [1, 1] in [list(line.get_xdata()) for line in axes.lines] and "mean of 3 data orders" in axes.get_title()
     assert axes.get_legend_handles_labels()[1] == ["batch of 0.256 k tokens", "batch of 1.02 k tokens"]
-    (axes,) = plots.ratios(table[table["batch"] == 256].assign(n=1), "title").axes
+    (axes,) = plots.ratios(table[table["batch"] == 256].assign(n=1), "title", over="the baseline's").axes
+    assert axes.get_xlabel() == "Outer steps to the target / the baseline's"
     [[point, *_]] = [bars for bars in axes.containers if len(bars[0].get_xdata())]
     assert point.get_ydata()[0] == axes.get_yticks()[0] and axes.get_title().endswith("\n1 data order")

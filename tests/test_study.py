@@ -436,8 +436,8 @@ def test_of_a_study_under_way_the_complete_settings_are_shown_and_the_others_nam
     assert {(label(r), r.config.outer_batch) for r in shown} == {("Muon", small), ("SOAP", small)} and len(shown) == 4
     said = capsys.readouterr().out
     command = "gnlib sweep critical_batch_size --profile tiny"
-    assert f"left out: AdamW, GN, GN-prox-linear, Layerwise GN at {small} sequences; run: {command}" in said
-    assert f"left out: AdamW, GN, GN-prox-linear, Layerwise GN, Muon, SOAP at {large} sequences; run: {command}" in said
+    assert f"left out: AdamW; GN; GN-prox-linear; Layerwise GN at {small} sequences; run: {command}" in said
+    assert f"left out: AdamW; GN; GN-prox-linear; Layerwise GN; Muon; SOAP at {large} sequences; run: {command}" in said
     assert len(studies.study_records("critical_batch_size", "tiny", [1], allow_run=False)) > 2
 
 

@@ -14,6 +14,7 @@ from test_study import leave, of, short
 from gnlib import executors, study
 from gnlib import sweep as sweeping
 from gnlib.config import ConfigError, RunConfig
+from gnlib.estimate import cost
 from gnlib.executors import Slots, StudyError, UnfinishedError
 from gnlib.files import replacing
 from gnlib.record import Record
@@ -173,7 +174,7 @@ def test_runs_that_are_stopped_give_their_slots_back(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(executors, "_spawn", lambda *_: Process())
     with pytest.raises(UnfinishedError):
         executors.execute([run.config for run in study_runs("iteration_complexity", "tiny", [1])], slots)
-    assert {slots.take(), slots.take()} == {0, 1}
+    assert {slots.take(1.0), slots.take(1.0)} == {0, 1}
 
 
 def test_a_sweep_says_what_it_has_tuned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,10 +242,11 @@ def test_a_sweep_of_nothing_is_refused_with_the_studies_there_are() -> None:
 def test_no_more_runs_than_slots_are_under_way_over_all_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five that could run at once; they end when one is refused a slot and those with a slot are all under way."""
     running, most, taken, lock, refused = [0], [0], [0], threading.Lock(), threading.Event()
-    take, given_up = Slots.take, time.monotonic() + 60
+    take, given_up, works = Slots.take, time.monotonic() + 60, set()
 
     def observed(slots: Slots, work: float) -> int | None:
         with lock:
+            works.add(work)
             slot = take(slots, work)
             taken[0] += slot is not None
             if slot is None and running[0] == taken[0]:
@@ -272,6 +274,7 @@ def test_no_more_runs_than_slots_are_under_way_over_all_chains(monkeypatch: pyte
     monkeypatch.setattr(sweeping, "run_study", lambda configs, profile, jobs, **_: executors.execute(configs, jobs))
     sweep(["critical_batch_size"], "tiny", jobs=3, tuned=False, seeds=[1])
     assert refused.is_set() and most[0] == 3 and running[0] == 0
+    assert works == {cost(run.config) for run in study_runs("critical_batch_size", "tiny", [1])}
 
 
 def test_a_sweep_stops_after_its_minutes_and_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +368,7 @@ def test_a_run_that_cannot_be_launched_does_not_keep_its_slot(monkeypatch: pytes
     slots = Slots(1)
     with pytest.raises(OSError, match="no memory"):
         executors.execute([short("adamw")], slots)
-    assert slots.take() == 0
+    assert slots.take(1.0) == 0
 
 
 def test_a_file_whose_writing_fails_stays_as_it_was_with_nothing_beside_it(tmp_path: Path) -> None:

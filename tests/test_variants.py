@@ -86,6 +86,9 @@ def test_batches_are_powers_of_four_apart_with_the_profiles_own_and_divide_the_b
         ({"budget": 64}, "the budget of 'tiny', 64, is no multiple, twice or more, of 16, 64"),
         ({"batches": (64, 16)}, "the batches of 'tiny', 64, 16, do not ascend"),
         ({"batches": (16, 64, 64)}, "the batches of 'tiny', 16, 64, 64, do not ascend"),
+        ({"larger": (64,)}, "the larger batches of 'tiny', 64, do not ascend beyond the others, 16, 64"),
+        ({"larger": (1024, 256)}, "the larger batches of 'tiny', 1024, 256, do not ascend beyond the others, 16, 64"),
+        ({"larger": (256,), "batches": ()}, "the larger batches of 'tiny', 256, do not ascend beyond the others, "),
         ({"methods": {"gauss_newtn": {}}}, "methods of 'tiny': no method 'gauss_newtn'; near or allowed: gauss_newton"),
         ({"longer": {"sophia": 9}}, "longer of 'tiny': no method 'sophia'; near or allowed: sophia_g, soap"),
         ({"tuned": ("outer_steps", "inner.lr")}, "tuned of 'tiny': no field 'inner.lr' is tuned; allowed: method.*"),
@@ -127,6 +130,20 @@ def test_what_a_study_is_tuned_for_are_its_methods_and_the_variants_with_setting
         "gauss_newton": Setting("gauss_newton", 2048),
         "gauss_newton_no_search": Setting("gauss_newton_no_search", 2048),
     }
+
+
+@pytest.mark.parametrize(
+    ("study", "names"),
+    [
+        ("schedules", {"gauss_newton", "global_inner_cosine", "constant_inner_cosine", "constant"}),
+        ("line_search", {"gauss_newton", "gauss_newton_no_search", "cold_start", "muon", "muon_search"}),
+        ("baseline_settings", {"muon", "soap", "adamw"}),
+    ],
+)
+def test_what_a_study_tunes_comes_first_at_the_profiles_batch(study: str, names: set[str]) -> None:
+    """Searches at other batches start from there."""
+    found = tuned_settings(study, "laptop")
+    assert {name for name in found if "@" not in name} == set(list(found)[: len(names)]) == names
 
 
 def test_a_variant_that_is_not_tuned_follows_the_data_order_and_the_settings_of_its_method(home: Path) -> None:
@@ -287,6 +304,19 @@ def test_what_is_not_tuned_for_the_baselines_differs_from_what_they_have() -> No
     assert {VARIANTS[name].base for name in UNTUNED} == set(BASELINES)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("adamw_averaged", {"evaluation.average": 0.9}),
+        ("soap_beta2_0.99", {"method.inner.betas": (0.9, 0.99)}),
+        ("muon_momentum_0.9", {"method.inner.momentum": 0.9}),
+    ],
+)
+def test_what_is_not_tuned_has_the_value_that_it_is_named_for(name: str, changes: dict[str, Any]) -> None:
+    config = setting_config("laptop", Setting(name))
+    assert config == config.replace(changes)
+
+
 def test_inner_steps_of_a_variant_are_one_at_least(home: Path) -> None:
     assert setting_config("tiny", Setting("quarter_n", 16)).method.inner.steps == 1
 
@@ -305,15 +335,16 @@ def test_a_variant_without_tuning_of_its_own_runs_with_its_methods_at_the_same_b
     assert "muon_decay_0.1" not in tuned_settings("baseline_settings", "laptop")
 
 
-def test_a_variant_runs_with_its_methods_settings_until_it_is_tuned_here_or_nearby(home: Path) -> None:
-    """Its search starts from those at the profile's batch all the same, which is the last before nothing is known."""
+def test_a_variant_runs_with_its_methods_settings_until_it_is_tuned_at_the_same_batch(home: Path) -> None:
+    """Else its records at other batches were lost once it is tuned at the profile's; its search starts from there."""
     entries = {"muon": {"method.inner.lr": 0.3}, "muon@128": {"method.inner.lr": 0.07}}
     tuned(home, **entries)
     setting = Setting("muon_search", 128)
     assert setting_config("laptop", setting).method.inner.lr == 0.07 and borrows("laptop", setting)
     assert setting_config("laptop", setting, use_tuned=False).method.inner.lr == 0.3
     tuned(home, **entries, muon_search={"method.inner.lr": 0.2})
-    assert setting_config("laptop", setting).method.inner.lr == 0.2 and not borrows("laptop", setting)
+    assert setting_config("laptop", setting).method.inner.lr == 0.07 and borrows("laptop", setting)
+    assert setting_config("laptop", setting, use_tuned=False).method.inner.lr == 0.2
     tuned(home, **entries, **{"muon_search@128": {"method.inner.lr": 0.1}})
     assert setting_config("laptop", setting).method.inner.lr == 0.1 and not borrows("laptop", setting)
     assert not borrows("laptop", Setting("muon", 128)) and not borrows("laptop", Setting("adamw", 128))
@@ -355,11 +386,12 @@ def test_a_variant_starts_at_another_batch_from_its_own_rates_and_its_methods_le
     adamw, cg = (setting_config("laptop", Setting(name, 128), use_tuned=False) for name in ("inner_adamw", "inner_cg"))
     assert adamw.method.inner.lr == 0.07 and cg.method.inner.options["damping"] == 0.5
     tuned(home, gauss_newton_no_search=rates)
-    assert setting_config("laptop", Setting("gauss_newton_no_search", 128, True)).method.inner.lr == 0.005
+    found = setting_config("laptop", Setting("gauss_newton_no_search", 128, True), use_tuned=False)
+    assert found.method.inner.lr == 0.005
     at_home = setting_config("laptop", Setting("gauss_newton_no_search"), use_tuned=False)
     assert at_home.method.inner.lr == run_config("laptop", "gauss_newton").method.inner.lr
     tuned(home, **{"gauss_newton": rates, "gauss_newton@128": {"method.inner.lr": 0.3}})
-    borrowed = setting_config("laptop", Setting("cold_start", 128))  # not tuned by itself
+    borrowed = setting_config("laptop", Setting("cold_start", 128))  # not tuned yet
     assert borrowed.method.inner.lr == 0.3
 
 
