@@ -16,6 +16,9 @@ import math
 
 from gnlib.config import InnerConfig
 
+WITHOUT_LENGTH = ("constant", "constant_inner_cosine")
+"""Those that do not depend on the number of outer steps."""
+
 
 def learning_rate_factor(inner: InnerConfig, outer_step: int, inner_step: int, outer_steps: int) -> float:
     """Factor on the peak learning rate for the inner step about to be taken; steps count from 0.

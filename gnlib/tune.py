@@ -22,6 +22,7 @@ from gnlib.optimizers import find as optimizer
 from gnlib.profiles import find_profile, records_folder, tuning
 from gnlib.record import Record
 from gnlib.results import crossing
+from gnlib.schedules import WITHOUT_LENGTH
 from gnlib.study import find, of_one_text, run_study
 from gnlib.train import pinned
 from gnlib.variants import Setting, find_setting, key, most_steps, setting_config, tunable
@@ -81,7 +82,7 @@ def _all_axes(profile: str, setting: Setting) -> list[Axis]:
         if optimizer(inner.optimizer).adam_beside:
             axes.append(geometric("method.inner.adam_lr", inner.adam_lr or inner.lr))
     most = config.outer_steps if setting.budget else most_steps(profile, setting)
-    if not (setting.budget or inner.schedule == "constant"):  # where the length changes nothing before its end
+    if not (setting.budget or inner.schedule in WITHOUT_LENGTH):
         axes.append(ladder("outer_steps", config.outer_steps, STEPS, most))
     if setting.is_gauss_newton:
         return axes

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from gnlib.config import InnerConfig
-from gnlib.schedules import learning_rate_factor
+from gnlib.schedules import WITHOUT_LENGTH, learning_rate_factor
 
 OUTER, INNER = 4, 6
 SCHEDULES = ("constant", "global_cosine", "global_inner_cosine", "constant_inner_cosine")
@@ -21,6 +21,13 @@ def _inner(schedule: str, **changes: object) -> InnerConfig:
 def _factors(inner: InnerConfig) -> list[list[float]]:
     """[outer step][inner step]."""
     return [[learning_rate_factor(inner, t, i, OUTER) for i in range(inner.steps)] for t in range(OUTER)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_schedules_without_length_are_those_that_a_longer_run_leaves_as_they_are(schedule: str) -> None:
+    steps = list(itertools.product(range(OUTER), range(INNER)))
+    short, long = ([learning_rate_factor(_inner(schedule), *at, total) for at in steps] for total in (OUTER, 2 * OUTER))
+    assert (short == long) == (schedule in WITHOUT_LENGTH)
 
 
 # schedule -> factor at (outer step, inner step); steps 4 x 6, final 0

@@ -24,6 +24,7 @@ from gnlib.files import replacing
 from gnlib.methods import ALL_METHODS
 from gnlib.profiles import PROFILES, TUNABLE, find_profile, run_config
 from gnlib.record import Record
+from gnlib.studies import STUDIES
 from gnlib.tune import STEPS, axes_of, command_for, ensure_tuned, ladder, open_fields, score, tune
 from gnlib.variants import VARIANTS, Setting, setting_config
 
@@ -446,6 +447,13 @@ def test_conjugate_gradients_are_tuned_by_their_damping_alone(monkeypatch: pytes
 def test_the_damping_moves_by_factors_of_four() -> None:
     (axis,) = axes_of("laptop", Setting("inner_cg"))
     assert [axis.value(index) for index in (-1, 0, 1)] == [0.0025, 0.01, 0.04]
+
+
+def test_the_length_is_tuned_only_where_the_schedule_depends_on_it() -> None:
+    """Along an axis that changes nothing there is no best, and a search would walk to its cap."""
+    tuned = {name: [axis.field for axis in axes_of("laptop", Setting(name))] for name in STUDIES["schedules"].methods}
+    having = {name for name, fields in tuned.items() if "outer_steps" in fields}
+    assert having == {"gauss_newton", "global_inner_cosine"}
 
 
 def test_a_variant_with_its_methods_settings_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
