@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from gnlib.config import ConfigError, RunConfig
 from gnlib.methods import ALL_METHODS, METHODS, Changes, check_name
 from gnlib.profiles import find_profile, run_config, tuning
+from gnlib.schedules import WITHOUT_LENGTH
 
 
 @dataclass(frozen=True)
@@ -191,12 +192,13 @@ def setting_config(
         return run_config(profile, setting.name, seed, changes, use_tuned)
     own: Changes = {}
     near: Changes = {}
-    if tunable(setting) != setting or (use_tuned and borrows(profile, setting)):
+    borrowed = tunable(setting) != setting or (use_tuned and borrows(profile, setting))
+    if borrowed:
         start = setting_config(profile, replace(setting, name=setting.base), seed)
     else:
         start, near = scaled(profile, run_config(profile, setting.base, seed), setting), _near(profile, setting)
         own = tuning(profile, key(profile, setting)).get("settings", {}) if use_tuned else {}
-    return start.replace(_varied(start, variant), near, _ending(profile, setting), own, changes or {})
+    return start.replace(_varied(start, variant), near, _ending(profile, setting, borrowed), own, changes or {})
 
 
 def scaled(profile: str, config: RunConfig, setting: Setting) -> RunConfig:
@@ -276,10 +278,13 @@ def most_steps(profile: str, setting: Setting) -> int:
     return own * (2 if setting.name in VARIANTS else 1)
 
 
-def _ending(profile: str, setting: Setting) -> Changes:
+def _ending(profile: str, setting: Setting, borrowed: bool) -> Changes:
     """Runs that only show steps to the target end there: the baselines' beyond Figure 1, and those whose learning rate
-    is constant, for which the number of steps is a cap."""
-    constant = _changes(setting).get("method.inner.schedule") == "constant"
+    is constant, for which the number of steps is a cap. So it is for a cosine inside each step where the steps to begin
+    with (`length`) could be too few: no search lengthens them, as the rate does not depend on them."""
+    schedule = _changes(setting).get("method.inner.schedule")
+    larger = not borrowed and (setting.batch or 0) > home_batch(profile)
+    constant = schedule == "constant" or (larger and schedule in WITHOUT_LENGTH)
     if setting.budget:
         return {"evaluation.stop_below": None}
     if setting.is_gauss_newton and not constant:

@@ -186,6 +186,16 @@ def test_a_constant_rate_runs_to_the_cap_whatever_length_is_tuned(home: Path) ->
     assert setting_config("laptop", setting).outer_steps == most_steps("laptop", setting) > 5
 
 
+def test_a_search_at_a_larger_batch_does_not_cut_off_a_schedule_whose_length_it_cannot_change(home: Path) -> None:
+    cosine = Setting("constant_inner_cosine", 16384)
+    searched = setting_config("h200", cosine, use_tuned=False)
+    assert searched.outer_steps == most_steps("h200", cosine) == 24
+    assert searched.evaluation.stop_below == find_profile("h200").target
+    borrowed, newton = setting_config("h200", cosine), setting_config("h200", Setting("gauss_newton", 16384))
+    assert borrowed.outer_steps == newton.outer_steps < 24
+    assert setting_config("h200", Setting("constant_inner_cosine", 1024), use_tuned=False).evaluation.stop_below is None
+
+
 def test_a_variant_of_the_line_search_searches_on_its_share_with_its_candidates() -> None:
     names = ("search_on_16th", "muon_search", "search_on_all", "matrixwise")
     searches = [setting_config("laptop", Setting(name)).method.line_search for name in names]
