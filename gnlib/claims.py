@@ -15,7 +15,17 @@ from gnlib import measures
 from gnlib.config import ConfigError
 from gnlib.measures import BASELINES
 from gnlib.profiles import find_profile
-from gnlib.questions import NOT_INTERIOR, NOT_RUN, OUTDONE, Claim, Question, StepCost, first_batches, largest_batch
+from gnlib.questions import (
+    NOT_INTERIOR,
+    NOT_RUN,
+    OUTDONE,
+    Claim,
+    Question,
+    StepCost,
+    first_batches,
+    largest_batch,
+    middle_batch,
+)
 from gnlib.results import Estimate
 from gnlib.stateless import tokens_to_final_loss
 from gnlib.studies import STUDIES
@@ -165,6 +175,7 @@ QUESTIONS = (
         STUDIES["schedules"].methods,
         measures.best_schedule_ratio("middle"),
         at_least=0.95,
+        decided_by=middle_batch,
     ),
     Question(
         "At the largest batch a cosine inside each outer step beats the global cosine",
@@ -174,6 +185,7 @@ QUESTIONS = (
         ("gauss_newton", "constant_inner_cosine"),
         measures.best_schedule_ratio("largest"),
         at_most=1.0,
+        decided_by=largest_batch,
     ),
     _steps_claim(
         "Line search is needed: without it GN takes at least 1.05x the steps",

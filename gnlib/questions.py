@@ -60,8 +60,18 @@ def every(settings: Sequence[Setting], complete: Complete, target: float) -> lis
 
 def largest_batch(settings: Sequence[Setting], complete: Complete, target: float) -> list[Setting]:
     """The claim is about the largest batch alone."""
-    most = max((setting.batch or 0 for setting in settings), default=0)
-    return [setting for setting in settings if (setting.batch or 0) == most]
+    return _at_batch(settings, -1)
+
+
+def middle_batch(settings: Sequence[Setting], complete: Complete, target: float) -> list[Setting]:
+    """The claim is about the middle batch alone, of two the larger."""
+    return _at_batch(settings, len({setting.batch for setting in settings}) // 2)
+
+
+def _at_batch(settings: Sequence[Setting], index: int) -> list[Setting]:
+    """Those at a batch by its place among theirs."""
+    sizes = sorted({setting.batch or 0 for setting in settings})
+    return [setting for setting in settings if (setting.batch or 0) == sizes[index]]
 
 
 def first_batches(settings: Sequence[Setting], complete: Complete, target: float) -> list[Setting]:

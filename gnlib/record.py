@@ -139,11 +139,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _revision() -> str:
-    """$GNLIB_REVISION, for copies of a checkout; else its commit, with `+` for local changes; `unknown` outside one."""
+    """$GNLIB_REVISION, for copies of a checkout; else its commit, with `+` for local changes but of what runs write
+    (records, figures, outputs of notebooks); `unknown` outside one."""
     if "GNLIB_REVISION" in os.environ:
         return os.environ["GNLIB_REVISION"]
-    command = ["git", "-C", str(home()), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    git = ["git", "-C", str(home())]
+    changed = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!data", ":!figures", ":!notebooks"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run([*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True, check=True)
+        return commit.stdout.strip() + ("+" if subprocess.run(changed, capture_output=True).returncode else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -20,7 +20,7 @@ from gnlib.executors import StudyError
 from gnlib.measures import early_lead
 from gnlib.methods import METHODS, method_of
 from gnlib.profiles import PROFILES, find_profile
-from gnlib.questions import NOT_RUN, UNDECIDED, Claim, Question, first_batches
+from gnlib.questions import NOT_RUN, UNDECIDED, Claim, Question, first_batches, middle_batch
 from gnlib.record import Record
 from gnlib.results import Estimate, by_method
 from gnlib.studies import study_configs, study_runs
@@ -150,6 +150,13 @@ def test_a_critical_batch_needs_no_records_beyond_the_batch_where_scaling_fails(
     answer = about(claims("tiny", seeds=[1]), words)
     assert answer.holds is True and answer.ours is not None and answer.ours.startswith("≥ ")
     assert about(claims("tiny", seeds=[1]), "AdamW's critical batch").holds == NOT_RUN
+
+
+def test_a_claim_about_the_middle_batch_is_decided_there_alone() -> None:
+    settings = [Setting(name, batch) for batch in (64, 4, 16) for name in ("gauss_newton", "constant")]
+    assert middle_batch(settings, {}, 4.0) == [Setting("gauss_newton", 16), Setting("constant", 16)]
+    assert middle_batch(settings[:4], {}, 4.0) == settings[:2]  # as in the studies of two
+    assert middle_batch([], {}, 4.0) == []
 
 
 def test_the_claim_at_the_largest_batch_needs_that_batch_alone(home: Path) -> None:

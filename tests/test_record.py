@@ -131,12 +131,17 @@ def test_the_environment_has_the_commit_and_a_plus_for_local_changes(
 ) -> None:
     monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
     git = ["git", "-C", str(tmp_path), "-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
-    (tmp_path / "file").write_text("one")
+    shipped = tmp_path / "data" / "tuned.json"
+    shipped.parent.mkdir()
+    for path in (tmp_path / "file", shipped):
+        path.write_text("one")
     commit = ["-c", "commit.gpgsign=false", "commit", "-qm", "first"]
-    for arguments in (["init", "-q"], ["add", "file"], commit):
+    for arguments in (["init", "-q"], ["add", "."], commit):
         subprocess.run([*git, *arguments], check=True)
     revision = records.environment(torch.device("cpu"))["gnlib"]
     assert re.fullmatch(r"[0-9a-f]{12}", revision)
+    shipped.write_text("two")  # as tuning does before the data orders run
+    assert records.environment(torch.device("cpu"))["gnlib"] == revision
     (tmp_path / "file").write_text("two")
     assert records.environment(torch.device("cpu"))["gnlib"] == revision + "+"
     monkeypatch.setenv("GNLIB_REVISION", "0123456789ab")  # says more than a copy's own git
