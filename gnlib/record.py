@@ -144,9 +144,10 @@ def _revision() -> str:
     if "GNLIB_REVISION" in os.environ:
         return os.environ["GNLIB_REVISION"]
     git = ["git", "-C", str(home())]
+    commit = [*git, "describe", "--always", "--abbrev=12"]
     changed = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!data", ":!figures", ":!notebooks"]
     try:
-        commit = subprocess.run([*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True, check=True)
-        return commit.stdout.strip() + ("+" if subprocess.run(changed, capture_output=True).returncode else "")
+        name = subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip()
+        return name + ("+" if subprocess.run(changed, capture_output=True).returncode else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

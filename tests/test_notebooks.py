@@ -211,7 +211,7 @@ def test_what_is_said_of_larger_batches_is_that_of_the_shipped_records() -> None
     found: dict[str, list[str]] = {}
     for batch in (4096, 16384, 65536):
         groups = results.by_method(batches[batch])
-        for name in ("SOAP", "Muon", "AdamW", "Layerwise GN"):
+        for name in ("SOAP", "Muon", "AdamW", "Layerwise GN", "GN-prox-linear"):
             runs = groups.get(name)
             steps = str(results.ratio(runs, groups["GN"], target, lambda c: c.steps)) if runs else "not run"
             found.setdefault(name, []).append(steps)
