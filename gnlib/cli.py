@@ -26,7 +26,7 @@ from gnlib.methods import METHODS, MORE_METHODS
 from gnlib.optimizers import registry
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import PROFILES, run_config, tuning
-from gnlib.studies import STUDIES, check_possible, study_configs, tuned_settings
+from gnlib.studies import STUDIES, check_possible, study_runs, tuned_settings
 from gnlib.study import expected, find, run_study
 from gnlib.sweep import sweep as sweep_studies
 from gnlib.train import check, pinned, run_folder
@@ -149,7 +149,8 @@ def study(
     """
     check_arguments(jobs, executor)  # in a dry run too
     check_possible(name, profile)
-    configs = study_configs(name, profile, seeds, methods)
+    runs = study_runs(name, profile, seeds, methods)
+    configs = [run.config for run in runs]
     if fresh and not dry_run:
         configs = [pinned(config) for config in configs]  # what there is of another text does not count
     records = find(configs, profile, fresh)
@@ -159,8 +160,10 @@ def study(
     if missing and rough:
         print(f"not tuned, or not until interior: {', '.join(rough)}; `gnlib sweep {name} --profile {profile}` does")
     if dry_run:
-        for config in missing:
-            print(f"  {describe(config)}, {config.outer_steps} steps of {config.outer_batch_tokens} tokens")
+        for (setting, config), record in zip(runs, records, strict=True):
+            if record is None:
+                steps = f"{config.outer_steps} steps of {config.outer_batch_tokens} tokens"
+                print(f"  {describe(config, setting.label)}, {steps}")
     else:
         run_study(configs, profile, fresh, allow_run=True, jobs=jobs, executor=executor)
 

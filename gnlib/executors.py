@@ -79,10 +79,12 @@ Jobs = int | Slots | None
 """Runs at a time; None is one per core or GPU."""
 
 
-def describe(config: RunConfig) -> str:
-    """A run in a few words, with the name of its folder, or before its text is prepared that of a shipped record."""
+def describe(config: RunConfig, method: str | None = None) -> str:
+    """A run in a few words, with the name of its folder, or before its text is prepared that of a shipped record;
+    `method` is the label of a variant, which its configuration does not tell."""
     name = config.run_id if config.data.fingerprint else config.recipe_id
-    return f"{label(config)}, batch {config.outer_batch}, lr {config.method.inner.lr:g}, seed {config.seed} ({name})"
+    what = f"{method or label(config)}, batch {config.outer_batch}, lr {config.method.inner.lr:g}"
+    return f"{what}, seed {config.seed} ({name})"
 
 
 @dataclass

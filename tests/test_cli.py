@@ -439,6 +439,12 @@ def test_a_sweep_whose_time_is_up_says_so_with_an_exit_code_of_its_own(
     assert err == "gnlib: time is up; 2 of 7 settings are left: soap, muon; the same command continues\n"
 
 
+def test_a_dry_run_names_the_variants(gnlib: Call, home: Path) -> None:
+    _, out, _ = gnlib("study", "baseline_settings", "--profile", "tiny", "--seeds", "1", "--dry-run")
+    lines = [line for line in out.splitlines() if line.startswith("  Muon, weights averaged, batch ")]
+    assert len(lines) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
