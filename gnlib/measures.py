@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from gnlib.critical_batch import CriticalBatch, critical
 from gnlib.methods import METHODS
@@ -173,13 +172,7 @@ def _at(groups: Groups, batch: int) -> Groups:
     return {name: batches(records).get(batch, []) for name, records in groups.items()}
 
 
-def best_schedule_ratio(batch: Literal["middle", "largest"]) -> Measure:
-    """Steps of a seed's best other schedule over the global cosine's, at the middle or the largest of the batches."""
-
-    def measure(groups: Groups, target: float) -> Estimate:
-        sizes = _sizes(groups)
-        at = _at(groups, sizes[len(sizes) // 2] if batch == "middle" else sizes[-1])
-        cosine = at.pop(find_setting("gauss_newton").label)
-        return _best_ratio(list(at.values()), cosine, target)
-
-    return measure
+def best_schedule_ratio(groups: Groups, target: float) -> Estimate:
+    """Steps of a seed's best other schedule over the global cosine's, at one batch."""
+    cosine = find_setting("gauss_newton").label
+    return _best_ratio([records for name, records in groups.items() if name != cosine], groups[cosine], target)
