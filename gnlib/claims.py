@@ -246,6 +246,15 @@ QUESTIONS = (
         "inner_adamw",
         at_least=1.05,
     ),
+    Question(
+        "No other value of what is not tuned for a baseline saves it more than 5 % of its steps",
+        "sweeps them",
+        "best other value's steps / the baseline's, where it saves most",
+        "baseline_settings",
+        STUDIES["baseline_settings"].methods,
+        measures.best_setting_ratio,
+        at_least=0.95,
+    ),
     StepCost(
         "A GN inner step takes at most 1.75x the time of a standard AdamW step",
         "about 1.5",
