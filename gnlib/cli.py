@@ -17,6 +17,7 @@ from gnlib import claims as claim_rows
 from gnlib import compare as comparing
 from gnlib import export as exports
 from gnlib import readme as readme_table
+from gnlib import repeat as repeats
 from gnlib.arguments import Commands, assignment, writable
 from gnlib.config import ConfigError, RunConfig
 from gnlib.executors import StudyError, UnfinishedError, check_arguments, describe, progress_bars
@@ -312,9 +313,21 @@ def export(profile: str = "laptop") -> None:
 
 
 @app.command
-def verify() -> None:
-    """Check that the shipped records are those of their manifests."""
-    print(f"{exports.verify()} shipped records are intact")
+def verify(again: int = 0, profile: str = "laptop", seed: int = 0, jobs: int | None = None) -> None:
+    """Check that the shipped records are those of their manifests, and train some of them again.
+
+    Args:
+        again: Train so many, drawn at random, from the text on in an empty folder, and compare their losses.
+        profile: Whose; a name listed by `gnlib profiles`.
+        seed: Of the draw.
+        jobs: Runs at a time; one per core or GPU by default.
+    """
+    print(f"{exports.verify()} shipped records are intact", flush=True)
+    if again:
+        shipped = repeats.drawn(profile, again, seed)
+        cost = expected([record.config for record in shipped], profile, jobs)
+        print(f"{again} of profile {profile} again: {cost}", flush=True)
+        print(*repeats.repeat(profile, shipped, jobs), sep="\n")
 
 
 @app.command
