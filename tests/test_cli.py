@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -289,6 +290,24 @@ def test_a_changed_shipped_record_is_refused_by_name(gnlib: Call, home: Path) ->
 
 
 # ---------------------------------------------------------------- what commands do
+
+
+def test_verify_trains_a_shipped_record_again_and_says_what_came_out(
+    gnlib: Call, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GNLIB_EXECUTOR", "inline")
+    assert gnlib("train", *SHORT)[0] == 0
+    record = trained(home)
+    folder = home / "data" / "records" / "tiny"
+    records.write(folder / f"{record.config.recipe_id}.jsonl", record)
+    digest = hashlib.sha256((folder / f"{record.config.recipe_id}.jsonl").read_bytes()).hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{digest}  {record.config.recipe_id}.jsonl\n")
+    code, out, _ = gnlib("verify", "--again", "1", "--profile", "tiny")
+    intact, cost, found = out.splitlines()
+    assert code == 0 and intact == "1 shipped records are intact"
+    assert cost.startswith("1 of profile tiny again: 1 to run, ")
+    assert found == f"equal, bit for bit: AdamW, batch 64, lr 0.02, seed 0 ({record.config.run_id})"
+    assert "again: 2; allowed: 1 to 1" in gnlib("verify", "--again", "2", "--profile", "tiny")[2]
 
 
 def test_train_takes_numbers_words_and_null(gnlib: Call, home: Path) -> None:
