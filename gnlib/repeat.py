@@ -28,8 +28,7 @@ class Repeat:
     run: str
     """As `executors.describe` has it."""
     difference: float
-    """Largest difference of two validation losses at the same step, nats; inf if one run has rows that the other does
-    not have."""
+    """Largest difference of the validation losses at a step that both runs evaluated, nats; inf where one has none."""
 
     def __str__(self) -> str:
         found = "equal, bit for bit" if not self.difference else f"up to {self.difference:.1g} nats apart"
@@ -57,16 +56,16 @@ def repeat(profile: str, shipped: Sequence[Record], jobs: Jobs = None) -> list[R
     pairs = zip(shipped, trained, strict=True)
     found = sorted((Repeat(describe(a.config), difference(a, b)) for a, b in pairs), key=lambda one: -one.difference)
     if found and found[0].difference >= TOLERANCE:
-        raise StudyError("\n".join(str(one) for one in found if one.difference >= TOLERANCE))
+        allowed = f"; allowed: less than {TOLERANCE}"
+        raise StudyError("\n".join(f"{one}{allowed}" for one in found if one.difference >= TOLERANCE))
     return found
 
 
 def difference(a: Record, b: Record) -> float:
-    """Of two runs (`Repeat.difference`)."""
-    if [row["outer_step"] for row in a.rows] != [row["outer_step"] for row in b.rows]:
-        return math.inf
-    losses = [(one["val_loss"], other["val_loss"]) for one, other in zip(a.rows, b.rows, strict=True)]
-    return max(0.0 if x == y else math.inf if x is None or y is None else abs(x - y) for x, y in losses)
+    """Of two runs (`Repeat.difference`); one that ends at the target may do so a step before the other."""
+    losses = {row["outer_step"]: row["val_loss"] for row in b.rows}
+    pairs = [(row["val_loss"], losses[row["outer_step"]]) for row in a.rows if row["outer_step"] in losses]
+    return max(0.0 if x == y else math.inf if x is None or y is None else abs(x - y) for x, y in pairs)
 
 
 @contextmanager

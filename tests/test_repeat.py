@@ -14,7 +14,7 @@ from gnlib.config import ConfigError
 from gnlib.executors import StudyError
 from gnlib.profiles import records_folder, run_config
 from gnlib.record import Record
-from gnlib.repeat import Repeat, difference, drawn, repeat
+from gnlib.repeat import difference, drawn, repeat
 from gnlib.train import run_folder, train
 
 METHODS = ("gauss_newton", "soap", "muon")
@@ -55,6 +55,8 @@ def test_a_small_difference_is_told_and_a_large_one_refused_by_the_run_s_name(sh
     with pytest.raises(StudyError) as refused:
         repeat("tiny", [first, moved(third, 0.02)], jobs=2)
     assert third.config.run_id in str(refused.value) and first.config.run_id not in str(refused.value)
+    assert str(refused.value).startswith("up to 0.02 nats apart: ")
+    assert str(refused.value).endswith("; allowed: less than 0.01")
 
 
 def test_a_record_of_another_text_is_refused_before_anything_trains(shipped: list[Record]) -> None:
@@ -75,10 +77,9 @@ def test_a_draw_is_of_finished_records_and_its_seed_s_and_no_larger_than_there_a
             drawn("tiny", count)
 
 
-def test_the_difference_is_the_largest_of_a_step_and_infinite_where_one_run_has_no_such_loss() -> None:
+def test_the_difference_is_the_largest_of_a_step_that_both_have_and_infinite_where_one_has_no_loss() -> None:
     record = made("adamw", [5.0, 4.0, 3.0])
     assert difference(record, made("adamw", [5.0, 4.5, 3.25])) == 0.5
-    assert difference(record, made("adamw", [5.0, 4.0])) == math.inf
-    assert difference(record, made("adamw", [5.0, 4.0, None])) == difference(made("adamw", [None]), made("adamw", [1]))
+    assert difference(record, made("adamw", [5.0, 4.25])) == difference(made("adamw", [5.0, 4.25]), record) == 0.25
+    assert difference(record, made("adamw", [5.0, 4.0, None])) == difference(made("adamw", [None]), record) == math.inf
     assert difference(made("adamw", [5.0, None]), made("adamw", [5.0, None])) == 0.0
-    assert str(Repeat("AdamW", math.inf)) == "up to inf nats apart: AdamW"
