@@ -33,3 +33,11 @@ def test_every_public_name_is_explained(name: str) -> None:
 
 def test_public_names_are_sorted_and_each_is_there_once() -> None:
     assert gnlib.__all__ == sorted(set(gnlib.__all__))
+
+
+def test_the_readmes_table_of_the_package_has_every_module_once() -> None:
+    table = (home() / "README.md").read_text(encoding="utf-8").split("## The package")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    modules = [path.stem for path in (home() / "gnlib").glob("*.py") if not path.stem.startswith("_")]
+    assert sorted(named) == sorted(modules)
