@@ -254,7 +254,7 @@ QUESTIONS = (
     Question(
         "No other value of what is not tuned for a baseline saves it more than 5 % of its steps",
         "sweeps them",
-        "best other value's steps / the baseline's, where it saves most",
+        "each data order's best other value's steps / the baseline's, where it saves most",
         "baseline_settings",
         STUDIES["baseline_settings"].methods,
         measures.best_setting_ratio,

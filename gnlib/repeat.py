@@ -40,6 +40,10 @@ def drawn(profile: str, count: int, seed: int = 0) -> list[Record]:
     find_profile(profile)
     paths = sorted(records_folder(profile).glob("*.jsonl"))
     there = [record for record in load(paths) if record.status == "finished"]
+    if not there:
+        raise ConfigError(f"profile: no records of {profile!r} are shipped")
+    if seed < 0:
+        raise ConfigError(f"seed: {seed}; at least 0")  # Python's generator takes its absolute value
     if not 1 <= count <= len(there):
         raise ConfigError(f"again: {count}; allowed: 1 to {len(there)}, the finished records of profile {profile!r}")
     return Random(seed).sample(there, count)
@@ -48,7 +52,7 @@ def drawn(profile: str, count: int, seed: int = 0) -> list[Record]:
 def repeat(profile: str, shipped: Sequence[Record], jobs: Jobs = None) -> list[Repeat]:
     """Train them again, and compare the validation losses, those that differ most first.
 
-    ConfigError if the text is not here or another; StudyError, after all of them, if one is TOLERANCE or more apart.
+    ConfigError if the text is not here or another; StudyError, with all of them, if one is TOLERANCE or more apart.
     """
     configs = [record.config for record in shipped]
     with _empty_data_folder():
@@ -56,8 +60,7 @@ def repeat(profile: str, shipped: Sequence[Record], jobs: Jobs = None) -> list[R
     pairs = zip(shipped, trained, strict=True)
     found = sorted((Repeat(describe(a.config), difference(a, b)) for a, b in pairs), key=lambda one: -one.difference)
     if found and found[0].difference >= TOLERANCE:
-        allowed = f"; allowed: less than {TOLERANCE}"
-        raise StudyError("\n".join(f"{one}{allowed}" for one in found if one.difference >= TOLERANCE))
+        raise StudyError("\n".join([f"allowed is less than {TOLERANCE} nats", *map(str, found)]))
     return found
 
 

@@ -303,11 +303,13 @@ def test_verify_trains_a_shipped_record_again_and_says_what_came_out(
     digest = hashlib.sha256((folder / f"{record.config.recipe_id}.jsonl").read_bytes()).hexdigest()
     (folder / "SHA256SUMS").write_text(f"{digest}  {record.config.recipe_id}.jsonl\n")
     code, out, _ = gnlib("verify", "--again", "1", "--profile", "tiny")
-    intact, cost, found = out.splitlines()
+    intact, cost, found, end = out.splitlines()
     assert code == 0 and intact == "1 shipped records are intact"
     assert cost.startswith("1 of profile tiny again: 1 to run, ")
     assert found == f"equal, bit for bit: AdamW, batch 64, lr 0.02, seed 0 ({record.config.run_id})"
-    assert "again: 2; allowed: 1 to 1" in gnlib("verify", "--again", "2", "--profile", "tiny")[2]
+    assert end == "1 of 1 within 0.01 nats"
+    assert "again: 2; allowed: 1 to 1" in refused(gnlib("verify", "--again", "2", "--profile", "tiny"))
+    assert "jobs: -2; at least 1" in refused(gnlib("verify", "--again", "1", "--profile", "tiny", "--jobs", "-2"))
 
 
 def test_train_takes_numbers_words_and_null(gnlib: Call, home: Path) -> None:

@@ -54,9 +54,10 @@ def test_a_small_difference_is_told_and_a_large_one_refused_by_the_run_s_name(sh
     assert str(told[0]).startswith("up to 0.001 nats apart: ") and second.config.run_id in str(told[0])
     with pytest.raises(StudyError) as refused:
         repeat("tiny", [first, moved(third, 0.02)], jobs=2)
-    assert third.config.run_id in str(refused.value) and first.config.run_id not in str(refused.value)
-    assert str(refused.value).startswith("up to 0.02 nats apart: ")
-    assert str(refused.value).endswith("; allowed: less than 0.01")
+    said = str(refused.value).splitlines()
+    assert said[0] == "allowed is less than 0.01 nats"
+    assert said[1].startswith("up to 0.02 nats apart: ") and third.config.run_id in said[1]
+    assert said[2].startswith("equal, bit for bit: ") and first.config.run_id in said[2]
 
 
 def test_a_record_of_another_text_is_refused_before_anything_trains(shipped: list[Record]) -> None:
@@ -75,6 +76,10 @@ def test_a_draw_is_of_finished_records_and_its_seed_s_and_no_larger_than_there_a
     for count in (4, 0, -1):
         with pytest.raises(ConfigError, match=f"again: {count}; allowed: 1 to 3, the finished records of profile 'ti"):
             drawn("tiny", count)
+    with pytest.raises(ConfigError, match="seed: -1; at least 0"):
+        drawn("tiny", 1, seed=-1)
+    with pytest.raises(ConfigError, match="no records of 'paper-45m' are shipped"):
+        drawn("paper-45m", 1)
 
 
 def test_the_difference_is_the_largest_of_a_step_that_both_have_and_infinite_where_one_has_no_loss() -> None:
