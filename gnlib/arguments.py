@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import io
 import json
-import os
 import re
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from functools import partial, wraps
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import tyro
@@ -92,5 +92,7 @@ def writable(path: Path | None) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise ConfigError(f"json: no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"json: cannot write in {folder}")
+    try:
+        TemporaryFile(dir=folder).close()  # its permissions do not tell: of a read-only disk, or to root
+    except OSError as error:
+        raise ConfigError(f"json: cannot write in {folder} ({error.strerror})") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -210,6 +211,7 @@ def timed(step: Callable[[], object], steps: int, device: torch.device) -> list[
 def kernel_times(step: Callable[[], object], device: torch.device, steps: int = 5) -> list[dict[str, Any]]:
     """The kernels of a step, on a CPU torch's operators, by torch's profiler: {name, ms and calls a step}, the longest
     first. The time of each is its own, without those that it calls."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its notes of every start and stop are above errors, at 5
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"

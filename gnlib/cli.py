@@ -39,21 +39,29 @@ from gnlib.variants import VARIANTS, find_setting, key, setting_config
 app = Commands()
 Name = Annotated[str, tyro.conf.Positional]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # no --no-... beside it
+_ON = tyro.conf.arg(help=f"Only the claims on one of these: {', '.join(claim_rows.SUBJECTS)}.")
+Subject = Annotated[str | None, _ON]
+CONTINUED = ("prepare", "train", "study", "sweep", "tune", "compare")  # by the same command, after Ctrl-C
 UNFINISHED = 3  # exit code of a sweep that its --minutes ended, for scripts that call it again
 
 
 @app.command
 def profiles() -> None:
-    """List the profiles, the studies, the methods and the optimisers with their sources."""
+    """List the profiles, the studies, the methods and variants with their labels, the optimisers with their sources."""
     for profile in PROFILES.values():
         print(f"{profile.name:12} {profile.summary}")
     print("studies:    ", ", ".join(STUDIES))
-    print("methods:    ", ", ".join(METHODS))
-    print("variants:   ", ", ".join(VARIANTS))
-    print("by name too:", ", ".join(MORE_METHODS))
-    print("optimisers, also inside Gauss-Newton:")
-    for name, entry in registry.items():
-        print(f"  {name:17} {entry.source}")
+    _list("methods", {name: method.label for name, method in METHODS.items()})
+    _list("methods beyond the paper's, by name", {name: method.label for name, method in MORE_METHODS.items()})
+    _list("variants", {name: variant.label for name, variant in VARIANTS.items()})
+    _list("optimisers, also inside Gauss-Newton", {name: entry.source for name, entry in registry.items()})
+
+
+def _list(heading: str, explained: dict[str, str]) -> None:
+    """Names with what they are, a line each."""
+    print(f"{heading}:")
+    for name, what in explained.items():
+        print(f"  {name:{max(map(len, explained))}} {what}")
 
 
 @app.command
@@ -281,7 +289,7 @@ def claims(
     profile: str = "laptop",
     fresh: Flag = False,
     seeds: tuple[int, ...] = (),
-    study: str | None = None,
+    study: Subject = None,
     json: Flag = False,
 ) -> None:
     """Compare the paper's claims with the records, row by row.
@@ -290,7 +298,6 @@ def claims(
         profile: A name listed by `gnlib profiles`.
         fresh: Only records of data/runs, not the shipped ones.
         seeds: Data orders; the profile's own by default.
-        study: Only the claims of one study of `gnlib profiles`.
         json: A list of objects {claim, paper, ours, n, unit, holds, mean, half_width, is_lower_bound, at_least,
             at_most, marks}.
     """
@@ -313,23 +320,24 @@ def export(profile: str = "laptop") -> None:
 
 
 @app.command
-def verify(again: int = 0, profile: str = "laptop", seed: int = 0, jobs: int | None = None) -> None:
+def verify(again: int = 0, profile: str | None = None, seed: int = 0, jobs: int | None = None) -> None:
     """Check that the shipped records are those of their manifests, and train some of them again.
 
     Args:
         again: Train so many, drawn at random, from the text on in an empty folder; their losses are to differ by less
             than 0.01 nats.
-        profile: Those of --again; a name listed by `gnlib profiles`.
+        profile: Only this one's, a name listed by `gnlib profiles`; all by default, and for --again the laptop's.
         seed: Of the draw of --again.
         jobs: Of the runs of --again at a time; one per core or GPU by default.
     """
     check_arguments(jobs, None)
-    shipped = repeats.drawn(profile, again, seed) if again else []
-    print(f"{exports.verify()} shipped records are intact", flush=True)
+    drawn_from = profile or "laptop"
+    shipped = repeats.drawn(drawn_from, again, seed) if again else []
+    print(f"{exports.verify(profile)} shipped records are intact", flush=True)
     if again:
-        cost = expected([record.config for record in shipped], profile, jobs)
-        print(f"{again} of profile {profile} again: {cost}", flush=True)
-        print(*repeats.repeat(profile, shipped, jobs), sep="\n")
+        cost = expected([record.config for record in shipped], drawn_from, jobs)
+        print(f"{again} of profile {drawn_from} again: {cost}", flush=True)
+        print(*repeats.repeat(drawn_from, shipped, jobs), sep="\n")
         print(f"{again} of {again} within {repeats.TOLERANCE} nats")
 
 
@@ -394,5 +402,7 @@ def main() -> None:
         print(f"gnlib: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("gnlib: interrupted; the same command continues", file=sys.stderr)
+        command = next(iter(sys.argv[1:]), "")
+        goes_on = "continues" if command in CONTINUED else "starts anew"
+        print(f"gnlib: interrupted; the same command {goes_on}", file=sys.stderr)
         sys.exit(130)

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Literal
 
 from gnlib.blocks import partition
-from gnlib.config import CONJUGATE_GRADIENT, DataConfig, ModelConfig, RunConfig
+from gnlib.config import CONJUGATE_GRADIENT, ConfigError, DataConfig, ModelConfig, RunConfig
 from gnlib.conjugate_gradient import most_passes
 from gnlib.flops import gradient_units
 from gnlib.line_search import step_sizes
@@ -32,7 +32,9 @@ class Cost:
         return f"{self.runs} to run, at most {self.tokens / 1e6:.1f} M tokens, {time}"
 
     def with_jobs(self, jobs: int) -> str:
-        """The same with what `jobs` runs at a time would take."""
+        """The same with what `jobs` runs at a time would take; ConfigError for none at a time."""
+        if jobs < 1:
+            raise ConfigError(f"jobs: {jobs}; at least 1")
         jobs = min(jobs, self.runs)
         return str(self) if self.seconds is None else f"{self}, {_duration(self.seconds / jobs)} with {jobs} at a time"
 

@@ -27,7 +27,7 @@ from gnlib.estimate import cost
 from gnlib.files import home, replacing
 from gnlib.methods import label
 from gnlib.record import Row
-from gnlib.train import PARENT, OnRow, run_folder, train
+from gnlib.train import PARENT, OnRow, is_start, run_folder, train
 
 POLL_SECONDS = 0.2
 _INLINE = Lock()
@@ -83,7 +83,8 @@ def describe(config: RunConfig, method: str | None = None) -> str:
     """A run in a few words, with the name of its folder, or before its text is prepared that of a shipped record;
     `method` is the label of a variant, which its configuration does not tell."""
     name = config.run_id if config.data.fingerprint else config.recipe_id
-    what = f"{method or label(config)}, batch {config.outer_batch}, lr {config.method.inner.lr:g}"
+    who = method or ("the start of all runs" if is_start(config) else label(config))
+    what = f"{who}, batch {config.outer_batch}, lr {config.method.inner.lr:g}"
     return f"{what}, seed {config.seed} ({name})"
 
 
@@ -229,7 +230,7 @@ def progress_bars(config: RunConfig, quiet: bool = False) -> Iterator[OnRow]:
 
         def on_row(of: RunConfig, row: Row) -> None:
             if of.run_id not in bars:
-                bars[of.run_id] = opened(of, "the start of all runs", 1)
+                bars[of.run_id] = opened(of, describe(of), 1)
             show_row(bars[of.run_id], row)
 
         yield on_row

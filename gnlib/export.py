@@ -55,10 +55,12 @@ def _write_manifest(folder: Path, wanted: set[str]) -> tuple[int, list[str]]:
     return len(kept), [path.stem for path in removed]
 
 
-def verify() -> int:
-    """Check every manifest under data/records; returns how many records are intact, else raises ConfigError."""
+def verify(profile: str | None = None) -> int:
+    """Check every manifest under data/records, or a profile's; returns how many records are intact, else raises
+    ConfigError."""
+    folder = home() / "data" / "records" if profile is None else records_folder(find_profile(profile).name)
     intact = 0
-    for manifest in sorted((home() / "data" / "records").glob(f"*/{MANIFEST}")):
+    for manifest in sorted(folder.glob(f"{'*/' if profile is None else ''}{MANIFEST}")):
         listed: dict[str, str] = {}
         for line in manifest.read_text().splitlines():
             digest, _, name = line.partition("  ")
@@ -71,7 +73,7 @@ def verify() -> int:
                 raise ConfigError(f"{manifest.parent / name}: {_fault(name, listed, present)}")
         intact += len(listed)
     if not intact:
-        raise ConfigError(f"no records under {home() / 'data' / 'records'}; GNLIB_HOME names the checkout")
+        raise ConfigError(f"no records under {folder}; GNLIB_HOME names the checkout")
     return intact
 
 

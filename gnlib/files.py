@@ -33,14 +33,31 @@ def home() -> Path:
 
 
 def data_folder() -> Path:
-    """Prepared token files, start checkpoints and run folders; $GNLIB_DATA, else data/ under home."""
-    return Path(os.environ.get("GNLIB_DATA", home() / "data"))
+    """Prepared token files, start checkpoints and run folders; $GNLIB_DATA, made where it is first written to, else
+    data/ under home."""
+    if "GNLIB_DATA" not in os.environ:
+        return home() / "data"
+    chosen = Path(os.environ["GNLIB_DATA"])
+    there = next(path for path in (chosen, *chosen.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise ConfigError(f"GNLIB_DATA: {str(there)!r} is no folder; a folder is needed, or where one can be made")
+    return chosen
+
+
+def _make(folder: Path) -> None:
+    """With those above it; ConfigError where $GNLIB_DATA is why it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if "GNLIB_DATA" in os.environ and folder.is_relative_to(data_folder()):
+            raise ConfigError(f"GNLIB_DATA: cannot make the folder {str(folder)!r} ({error.strerror})") from None
+        raise
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it if the body succeeds and removed if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.tmp")  # a sweep's threads write too
     try:
         yield temporary
@@ -54,7 +71,7 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file `path`.lock, so that two processes never make the same thing at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     lock = FileLock(f"{path}.lock")
     try:
         lock.acquire(timeout=PATIENCE)

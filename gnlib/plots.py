@@ -32,6 +32,7 @@ WIDTH = 5.5  # inches: one column
 LINE = 1.2  # its width, points
 MARKED = 24  # points of a line; more of them would fill the gaps of a dashed one
 LEGEND = 20  # characters of a label, three of which fit the width
+OPEN = "open triangle: lower bound"
 LOSS = "Validation loss (nats per token)"
 
 Style = dict[str, Any]  # keyword arguments of Axes.plot
@@ -157,7 +158,9 @@ def cost_by_batch(
     _check_axis(axis, AXES)
     strokes = {name: one.mean for name, one in (critical or {}).items() if not one.bound and not math.isnan(one.mean)}
     strokes = strokes if axis == "outer_step" else {}
-    with _figure(title, _seeds(reached) + ("; stroke: B*" if strokes else ""), height=4.0) as (figure, axes):
+    signs = {"dotted: perfect scaling": axis == "outer_step", "stroke: B*": strokes, OPEN: reached["censored"].any()}
+    explained = "; ".join(sign for sign, drawn in signs.items() if drawn)
+    with _figure(title, f"{_seeds(reached)}\n{explained}".rstrip(), height=4.2) as (figure, axes):
         for name in _order(list(reached["method"].unique())):
             by_batch = reached[reached["method"] == name].groupby("batch")
             mean, bounds = by_batch[axis].mean(), by_batch["censored"].any()
@@ -187,6 +190,7 @@ def ratios(table: pd.DataFrame, title: str = "", over: str = "GN's") -> Figure:
     names, batches = _order(list(table["method"].unique())), sorted(table["batch"].unique())
     place, n = {name: -index for index, name in enumerate(names)}, table["n"].max()
     note = "1 data order" if n == 1 else f"mean of {n} data orders, 95 % interval"
+    note += f"\n{OPEN}" if table["lower_bound"].any() else ""
     with _figure(title, note, height=1.6 + 0.26 * len(names)) as (figure, axes):
         for index, (batch, colour) in enumerate(zip(batches, sns.color_palette("colorblind"), strict=False)):
             own, shift = table[table["batch"] == batch], 0.3 * (index - (len(batches) - 1) / 2)

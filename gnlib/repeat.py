@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from tempfile import TemporaryDirectory
 
+from gnlib import corpus
 from gnlib.config import ConfigError
 from gnlib.executors import Jobs, StudyError, describe
 from gnlib.profiles import find_profile, records_folder
@@ -36,7 +37,8 @@ class Repeat:
 
 
 def drawn(profile: str, count: int, seed: int = 0) -> list[Record]:
-    """So many of the profile's shipped records of finished runs, at random. ConfigError if there are not as many."""
+    """So many of the profile's shipped records of finished runs, at random. ConfigError if there are not as many, or
+    where the text of one is not here."""
     find_profile(profile)
     paths = sorted(records_folder(profile).glob("*.jsonl"))
     there = [record for record in load(paths) if record.status == "finished"]
@@ -46,7 +48,13 @@ def drawn(profile: str, count: int, seed: int = 0) -> list[Record]:
         raise ConfigError(f"seed: {seed}; at least 0")  # Python's generator takes its absolute value
     if not 1 <= count <= len(there):
         raise ConfigError(f"again: {count}; allowed: 1 to {len(there)}, the finished records of profile {profile!r}")
-    return Random(seed).sample(there, count)
+    chosen = Random(seed).sample(there, count)
+    for source in {record.config.data.source for record in chosen}:
+        try:
+            corpus.check(source)
+        except ConfigError as error:
+            raise ConfigError(f"profile: the text of {profile!r} is not here; {error}") from None
+    return chosen
 
 
 def repeat(profile: str, shipped: Sequence[Record], jobs: Jobs = None) -> list[Repeat]:

@@ -124,7 +124,8 @@ def expected(configs: Sequence[RunConfig], profile: str, jobs: int | None = None
     if not configs:
         return "0 to run"
     measured = load([*run_files(), *records_folder(profile).glob("*.jsonl")])
-    return estimate(configs, (record for record in measured if record.ended)).with_jobs(jobs or default_jobs(configs))
+    at_a_time = default_jobs(configs) if jobs is None else jobs
+    return estimate(configs, (record for record in measured if record.ended)).with_jobs(at_a_time)
 
 
 def _unended(config: RunConfig) -> bool:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from gnlib import results
 from gnlib.config import ConfigError
 from gnlib.measures import lead
+from gnlib.methods import ALL_METHODS
 from gnlib.profiles import tuning
 from gnlib.record import Record
 from gnlib.results import Estimate, batches, by_method, estimate, final_loss, steps_to_target
-from gnlib.variants import Setting, home_batch, key, setting_config
+from gnlib.variants import VARIANTS, Setting, home_batch, key, setting_config
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,13 +60,14 @@ def mean_steps(target: float) -> Callable[[Sequence[Record]], Estimate]:
 def ratios(records: Sequence[Record], target: float, over: Callable[[str], str] = lambda name: "GN") -> pd.DataFrame:
     """Steps to the target over those of a method's reference (of both the labels), Gauss-Newton by default, at the same
     batch (tokens), paired by seed: one row a method and batch at which both were run, with the half width of the 95 %
-    interval (nan for one seed, and for a lower bound). ConfigError where no method has its reference beside it."""
+    interval (nan for one seed, and for a lower bound). ConfigError, naming what is missing, where no method has its
+    reference beside it."""
     import pandas as pd
 
     groups, rows = by_method(records), []
     others = {name: reference for name in groups if (reference := over(name)) != name}
     if not set(others.values()) & groups.keys():
-        raise ConfigError(f"methods: ratios need a method and what they are over; got {'; '.join(groups)}")
+        raise ConfigError(f"methods: {_lacking(list(others or groups), list(dict.fromkeys(others.values())))}")
     for name, other in others.items():
         theirs = batches(groups.get(other, []))
         for batch, own in batches(groups[name]).items():
@@ -74,6 +76,19 @@ def ratios(records: Sequence[Record], target: float, over: Callable[[str], str] 
                 half = math.nan if found.half_width is None or found.censored else found.half_width
                 rows.append((name, own[0].config.outer_batch_tokens, found.n, found.mean, half, bool(found.censored)))
     return pd.DataFrame(rows, columns=["method", "batch", "n", "ratio", "half_width", "lower_bound"])
+
+
+def _lacking(labels: Sequence[str], references: Sequence[str]) -> str:
+    """What ratios of these labels lack, and the command for it; `references` are those that they are over, if any.
+
+    A record does not say which study and profile asked for it, so that the command leaves these to the reader.
+    """
+    command = "gnlib study NAME --profile PROFILE"
+    if not references:
+        return f"ratios are of others over {'; '.join(labels)}, and no runs of others are there; run: {command}"
+    names = " ".join(name for name, one in (ALL_METHODS | VARIANTS).items() if one.label in references)
+    missing = f"no runs of {'; '.join(references)}, which ratios of {'; '.join(labels)} are over"
+    return f"{missing}; ask for {names} too, or run: {command} --methods {names}"
 
 
 def rates(records: Sequence[Record]) -> str:

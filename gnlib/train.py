@@ -139,6 +139,17 @@ def start_config(config: RunConfig) -> RunConfig:
     )
 
 
+def is_start(config: RunConfig) -> bool:
+    """Whether it is what `start_config` makes of the runs that begin from it, of any length."""
+    if config.start.chinchilla_fraction:
+        return False
+    inner = config.method.inner
+    own = {"batch": config.outer_batch, "lr": inner.lr, "warmup": inner.warmup, "seed": config.seed}
+    begins = {f"start.{name}": value for name, value in own.items()} | {"start.chinchilla_fraction": 1.0}
+    length = {"outer_steps": config.outer_steps, "evaluation.every": config.evaluation.every}
+    return start_config(config.replace(begins)).replace(length) == config
+
+
 def _start_micro_batch(config: RunConfig) -> int:
     """Sequences at once, whatever the run's own are, so that all runs have one start: the most that divide the batch
     and have at most 2^15 tokens, whose logits fit a GPU in eager mode."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -46,6 +49,15 @@ def test_the_operators_that_take_most_of_a_step_are_named_the_longest_first() ->
         assert len(times) == 4 and times == sorted(times, reverse=True) and times[-1] >= 0
         assert all(one["name"] in as_text(row) and one["calls"] >= 1 for one in row["kernels"])
     assert any(one["name"] in ("aten::mm", "aten::addmm", "aten::bmm") for one in newton["kernels"])
+
+
+def test_the_profiler_says_nothing_of_its_own_amid_the_table() -> None:
+    command = "bench --size tiny --methods standard --steps 1 --kernels 2"
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-m", "gnlib", *command.split()], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 4  # heading, row, kernels
 
 
 def test_each_kernel_has_the_time_and_the_calls_of_one_step() -> None:

@@ -314,7 +314,9 @@ def test_claims_may_be_those_of_one_study(home: Path) -> None:
     rows = claims("tiny", seeds=SEEDS, study="iteration_complexity")
     assert [row.claim for row in rows] == [q.claim for q in QUESTIONS if q.study == "iteration_complexity"]
     assert len(rows) >= 7 and NOT_RUN not in {row.holds for row in rows}
-    assert [row.claim[:9] for row in claims("tiny", seeds=SEEDS, study="layerwise")] == ["Layerwise", "A finer p"]
+    assert [row.claim[:9] for row in claims("tiny", seeds=SEEDS, study="layerwise")] == [
+        *("Layerwise", "With ten ", "A finer p", "Where bot")
+    ]
     with pytest.raises(ConfigError, match="no claims on 'iteration'; allowed: iteration_complexity, "):
         claims("tiny", study="iteration")
 

@@ -18,9 +18,10 @@ import pytest
 from gnlib import arguments, cli
 from gnlib import record as records
 from gnlib import tune as tuning
+from gnlib.claims import QUESTIONS
 from gnlib.config import ConfigError, RunConfig
 from gnlib.executors import UnfinishedError
-from gnlib.methods import ALL_METHODS, METHODS
+from gnlib.methods import ALL_METHODS
 from gnlib.profiles import PROFILES, run_config
 from gnlib.record import Record
 from gnlib.studies import STUDIES
@@ -83,16 +84,27 @@ def test_every_command_explains_itself(command: str, gnlib: Call, home: Path) ->
 
 
 def test_every_option_has_its_explanation() -> None:
-    """So that `gnlib train --help` is enough; an `Args:` section names all parameters."""
+    """So that `gnlib train --help` is enough; an `Args:` section names all parameters but those explained by type."""
     for command in (cli.train, cli.study, cli.sweep, cli.tune, cli.compare, cli.claims):
-        names = [name for name in command.__annotations__ if name != "return"]
+        names = [name for name, kind in command.__annotations__.items() if name != "return" and kind != "Subject"]
         assert all(f"{name}: " in (command.__doc__ or "") for name in names)
 
 
-def test_profiles_lists_all_profiles_and_methods(gnlib: Call) -> None:
+def test_the_help_of_claims_lists_the_subjects_that_are_accepted_and_so_does_the_error(gnlib: Call) -> None:
+    listed = ", ".join(dict.fromkeys(name for one in QUESTIONS for name in (one.study, one.also_in) if name))
+    said = " ".join(gnlib("claims", "--help")[1].replace("│", " ").split())
+    assert f"one of these: {listed}. (default: None)" in said
+    line = refused(gnlib("claims", "--profile", "tiny", "--study", "more_baselines"))
+    assert line == f"gnlib: study: no claims on 'more_baselines'; allowed: {listed}\n"
+    assert all(gnlib("claims", "--profile", "tiny", "--study", name)[0] == 0 for name in listed.split(", "))
+
+
+def test_profiles_lists_all_profiles_and_methods_and_variants_with_their_labels(gnlib: Call) -> None:
     code, out, err = gnlib("profiles")
     assert (code, err) == (0, "")
-    assert all(name in out for name in [*PROFILES, *METHODS])
+    assert all(name in out for name in [*PROFILES, *STUDIES])
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert all(f"{name} {one.label}" in lines for name, one in (ALL_METHODS | VARIANTS).items())
 
 
 # ---------------------------------------------------------------- bad input
@@ -150,7 +162,8 @@ def test_what_a_command_says_while_it_runs_is_not_held_back_by_the_parsing(
 
 
 @pytest.mark.parametrize(
-    "command", ["prepare", "train", "study iteration_complexity", "sweep schedules", "tune", "claims", "export"]
+    "command",
+    ["prepare", "train", "study iteration_complexity", "sweep schedules", "tune", "claims", "export", "verify"],
 )
 def test_an_unknown_profile_is_refused_with_the_allowed_ones(command: str, gnlib: Call, home: Path) -> None:
     line = refused(gnlib(*command.split(), "--profile", "lapdog"))
@@ -270,6 +283,20 @@ def test_a_home_that_is_not_there_is_one_line_and_not_a_checkout_without_records
     assert gnlib("claims")[0] == 2
 
 
+@pytest.mark.parametrize("command", ["prepare", "train", "study layerwise --fresh", "sweep layerwise", "claims"])
+@pytest.mark.parametrize("place", ["a_file", "a_file/below", "/proc/nowhere"])
+def test_a_data_folder_that_cannot_be_is_one_line_that_names_its_variable(
+    command: str, place: str, gnlib: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_file").touch()
+    monkeypatch.setenv("GNLIB_DATA", str(tmp_path / place))
+    result = gnlib(*command.split(), "--profile", "tiny")
+    if place != "/proc/nowhere":
+        assert f"gnlib: GNLIB_DATA: '{tmp_path / 'a_file'}' is no folder; " in refused(result)
+    elif command != "claims":  # which writes nothing
+        assert "gnlib: GNLIB_DATA: cannot make the folder '/proc/nowhere/prepared' (" in refused(result)
+
+
 def test_sigterm_ends_the_command_as_an_exit_would_so_that_its_runs_are_stopped(
     gnlib: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,7 +336,13 @@ def test_verify_trains_a_shipped_record_again_and_says_what_came_out(
     assert found == f"equal, bit for bit: AdamW, batch 64, lr 0.02, seed 0 ({record.config.run_id})"
     assert end == "1 of 1 within 0.01 nats"
     assert "again: 2; allowed: 1 to 1" in refused(gnlib("verify", "--again", "2", "--profile", "tiny"))
-    assert "jobs: -2; at least 1" in refused(gnlib("verify", "--again", "1", "--profile", "tiny", "--jobs", "-2"))
+    once = ("verify", "--again", "1", "--profile", "tiny")
+    for jobs in ("-2", "0"):
+        assert f"jobs: {jobs}; at least 1" in refused(gnlib(*once, "--jobs", jobs))
+    record.config = record.config.replace({"data.source": "corpus/mine.txt"})
+    records.write(next(folder.glob("*.jsonl")), record)
+    line = refused(gnlib(*once))  # before anything else is said
+    assert "profile: the text of 'tiny' is not here; data.source: corpus/mine.txt: no such source" in line
 
 
 def test_train_takes_numbers_words_and_null(gnlib: Call, home: Path) -> None:
@@ -362,7 +395,8 @@ def test_train_shows_progress_unless_quiet(gnlib: Call) -> None:
 
 def test_train_shows_that_the_start_is_made_where_it_is_missing(gnlib: Call) -> None:
     short = ("--profile", "tiny", "--method", "adamw", "--set", "start.chinchilla_fraction=0.001")
-    assert re.search(r"the start of all runs: .* 0/3 ", gnlib("train", *short, "--set", "outer_steps=1")[2])
+    said = gnlib("train", *short, "--set", "outer_steps=1")[2]
+    assert re.search(r"the start of all runs, batch 8, lr .*: .* 0/3 ", said)
     assert "start" not in gnlib("train", *short, "--set", "outer_steps=2")[2]  # it is there
 
 
@@ -427,15 +461,24 @@ def test_export_says_how_many_records_it_ships(gnlib: Call, home: Path) -> None:
     assert (code, out) == (0, f"0 records in {home / 'data' / 'records' / 'tiny'}\n")
 
 
-def test_interrupting_is_one_line_and_says_that_the_same_command_continues(
-    gnlib: Call, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("command", "work", "then"),
+    [
+        (("train", *SHORT, "--quiet"), "gnlib.cli.train_run", "continues"),
+        (("sweep", "layerwise", "--profile", "tiny"), "gnlib.cli.sweep_studies", "continues"),
+        (("verify", "--again", "1", "--profile", "tiny"), "gnlib.repeat.drawn", "starts anew"),
+        (("bench", "--size", "tiny"), "gnlib.bench.bench", "starts anew"),
+    ],
+)
+def test_interrupting_is_one_line_and_says_whether_the_same_command_continues(
+    command: tuple[str, ...], work: str, then: str, gnlib: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train_run", interrupted)
-    code, _, err = gnlib("train", *SHORT, "--quiet")
-    assert (code, err) == (130, "gnlib: interrupted; the same command continues\n")
+    monkeypatch.setattr(work, interrupted)
+    code, _, err = gnlib(*command)
+    assert (code, err) == (130, f"gnlib: interrupted; the same command {then}\n")
 
 
 def test_python_m_gnlib_is_the_same_command(home: Path) -> None:
@@ -478,15 +521,19 @@ def test_a_dry_run_refuses_what_a_run_would(arguments: tuple[str, str], message:
     assert message in line and not files(home)
 
 
+@pytest.mark.parametrize(
+    ("folder", "why"), [("nowhere", "json: no folder {}"), ("/proc", "json: cannot write in {} (")]
+)
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
-    gnlib: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str, why: str, gnlib: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In /proc nobody can, whatever its permissions say to root."""
     def no_work(*_: Any, **__: Any) -> None:
         pytest.fail("it began")
 
     monkeypatch.setattr(cli.benchmark, "bench", no_work)
     monkeypatch.setattr(cli, "heldout", no_work)
-    path = tmp_path / "nowhere" / "found.json"
+    path = tmp_path / folder / "found.json"
     for command in (("bench", "--size", "tiny"), ("evaluate", "run", "text.txt")):
-        assert f"json: no folder {path.parent}" in refused(gnlib(*command, "--json", str(path)))
-    assert not path.parent.exists()
+        assert why.format(path.parent) in refused(gnlib(*command, "--json", str(path)))
+    assert not path.exists() and not (tmp_path / "nowhere").exists()

@@ -8,7 +8,7 @@ import pytest
 from test_results import made
 
 from gnlib import record as records
-from gnlib.config import RunConfig
+from gnlib.config import ConfigError, RunConfig
 from gnlib.estimate import cost, estimate, sequences_read
 from gnlib.model import shapes_only
 from gnlib.profiles import run_config
@@ -124,3 +124,9 @@ def test_the_text_says_tokens_time_and_jobs() -> None:
     assert str(found) == "2 to run, at most 0.0 M tokens, about 20 min of one process"
     assert found.with_jobs(8) == f"{found}, 10 min with 2 at a time"  # no more than there are runs
     assert str(estimate([config("adamw")], [])).endswith("time unknown")
+
+
+@pytest.mark.parametrize("measured", [[], [timed("adamw", 600.0)]])
+def test_no_runs_at_a_time_are_refused_and_not_replaced(measured: list[Record]) -> None:
+    with pytest.raises(ConfigError, match="jobs: 0; at least 1"):
+        estimate([config("adamw")], measured).with_jobs(0)

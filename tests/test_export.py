@@ -57,6 +57,19 @@ def test_ended_records_of_the_studies_are_shipped_with_their_sums(home: Path, sh
     assert verify() == 2
 
 
+def test_one_profile_may_be_verified_alone(home: Path, shipped: Path) -> None:
+    run(home, wanted()[0])
+    export("tiny")
+    other = home / "data" / "records" / "laptop"
+    other.mkdir()
+    (other / MANIFEST).write_text(f"{'0' * 64}  0123456789ab.jsonl\n")
+    assert verify("tiny") == 1
+    unknown, changed = "no profile 'lapto'; allowed: tiny, laptop", "0123456789ab.jsonl: missing"
+    for profile, message in (("laptop", changed), (None, changed), ("h200", "records/h200; "), ("lapto", unknown)):
+        with pytest.raises(ConfigError, match=message):
+            verify(profile)
+
+
 def test_what_is_removed_is_named(home: Path, shipped: Path) -> None:
     run(home, wanted()[0])
     export("tiny")

@@ -16,6 +16,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from gnlib.studies import STUDIES
+
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
@@ -111,6 +113,23 @@ def test_make_help_lists_every_target() -> None:
     [phony] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.findall(r"^make (\S+) +\S", shown, re.MULTILINE) == phony.split()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
+def test_make_help_and_the_readme_name_the_studies_that_reproduce_all_leaves_out() -> None:
+    """Notebook 14 would train baseline_settings as well, if it were left out."""
+    print_studies = "shown: ; @echo $(STUDIES)"
+    shown = subprocess.run(
+        ["make", "-s", "--eval", print_studies, "shown"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    left_out = set(STUDIES) - set(shown.stdout.split())
+    assert set(shown.stdout.split()) <= set(STUDIES)
+    helped = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    [line] = re.findall(r"^make reproduce-all.*$", helped, re.MULTILINE)
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    [sentence] = re.findall(r"`make reproduce-all` trains .*?\.(?= )", said)
+    for text in (line, sentence):
+        assert {name for name in STUDIES if re.search(rf"\b{name}\b", text)} == left_out
 
 
 def test_no_tracked_file_names_a_path_of_somebodys_machine() -> None:

@@ -127,6 +127,23 @@ def test_a_failing_run_is_reported_with_its_logs_tail_and_does_not_stop_the_othe
     assert launched[0][-1] == "--keep-weights" and all("--keep-weights" not in command for command in launched[1:])
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_start_of_all_runs_is_called_so_and_a_run_of_adamw_that_looks_like_it_is_not(profile: str) -> None:
+    run = run_config(profile, "adamw", changes={"start.seed": 5}, use_tuned=False)
+    start = start_config(run)
+    said = f"the start of all runs, batch {run.start.batch}, lr {run.start.lr:g}, seed 5 ("
+    for one in (start, start.replace({"data.fingerprint": "a" * 16, "outer_steps": 500})):
+        assert describe(one).startswith(said)
+    cold = run.replace({"start.chinchilla_fraction": 0.0})
+    assert all(describe(one).startswith("AdamW, ") for one in (run, cold, start.replace({"method.inner.final": 0.2})))
+
+
+def test_what_runs_cost_is_not_told_for_none_at_a_time() -> None:
+    assert "1 to run" in study.expected([short("adamw")], "tiny", jobs=1)
+    with pytest.raises(ConfigError, match="jobs: 0; at least 1"):
+        study.expected([short("adamw")], "tiny", jobs=0)
+
+
 def test_a_run_that_cannot_be_built_is_refused_before_anything_runs(launched: list[list[str]]) -> None:
     bad = short("adamw", method__inner__optimizer="no_such_package.Optimizer", start__chinchilla_fraction=0.001)
     with pytest.raises(ConfigError, match=r"cannot import 'no_such_package\.Optimizer'"):
@@ -423,6 +440,14 @@ def test_records_of_a_study_are_labelled_by_their_settings(home: Path) -> None:
     assert not any("label" in path.read_text() for path in home.rglob("*.jsonl"))
 
 
+@pytest.fixture
+def of_a_text_that_is_not_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profile tiny."""
+    base = PROFILES["tiny"].base | {"data.source": "elsewhere.jsonl"}
+    monkeypatch.setitem(PROFILES, "tiny", replace(PROFILES["tiny"], base=base))
+
+
+@pytest.mark.usefixtures("of_a_text_that_is_not_shipped")
 def test_of_a_study_under_way_the_complete_settings_are_shown_and_the_others_named(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -441,10 +466,28 @@ def test_of_a_study_under_way_the_complete_settings_are_shown_and_the_others_nam
     assert len(studies.study_records("critical_batch_size", "tiny", [1], allow_run=False)) > 2
 
 
+@pytest.mark.usefixtures("of_a_text_that_is_not_shipped")
+def test_what_this_machine_trained_for_another_study_leaves_nothing_out(home: Path) -> None:
+    """A profile of the user's own: all studies share Gauss-Newton's runs."""
+    (setting, config), *others = studies.study_runs("layerwise", "tiny", [1])
+    leave(of(config))
+    assert setting.name == "gauss_newton" and len(others) == 3
+    with pytest.raises(StudyError, match=r"3 of 4 records are missing"):
+        studies.study_records("layerwise", "tiny", [1], allow_run=False)
+
+
+def test_of_a_text_that_every_machine_has_nothing_is_left_out(home: Path) -> None:
+    ship(home, of(studies.study_runs("layerwise", "tiny", [1])[0].config))
+    with pytest.raises(StudyError, match=r"3 of 4 records are missing"):
+        studies.study_records("layerwise", "tiny", [1], allow_run=False)
+
+
+@pytest.mark.usefixtures("of_a_text_that_is_not_shipped")
 def test_what_is_asked_for_by_name_or_afresh_is_never_left_out(home: Path) -> None:
     ship(home, of(studies.study_runs("layerwise", "tiny", [1])[0].config))
-    for asked in ({"methods": ["gauss_newton", "layerwise", "matrixwise"]}, {"fresh": True}):
-        with pytest.raises(StudyError, match=r"[23] of 3 records are missing"):
+    named = {"methods": ["gauss_newton", "layerwise", "matrixwise"]}
+    for asked, missing in ((named, "2 of 3"), ({"fresh": True}, "4 of 4")):
+        with pytest.raises(StudyError, match=f"{missing} records are missing"):
             studies.study_records("layerwise", "tiny", [1], allow_run=False, **asked)  # type: ignore[arg-type]
 
 

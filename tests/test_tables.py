@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_results import SEARCH, TRAIN, made
@@ -86,10 +87,28 @@ def test_ratios_can_be_over_another_method_for_each() -> None:
     averaged.label = find_setting("muon_averaged").label
     frame = tables.ratios([made("muon", [5.0, 4.0]), averaged, made("soap", [5.0, 4.0])], 4.25, base_label)
     assert frame[["method", "ratio"]].values.tolist() == [["Muon, weights averaged", pytest.approx(2.0)]]
-    said = "methods: ratios need a method and what they are over; got "
-    for lonely in ([averaged], [made("muon", [5.0, 4.0])], [averaged, made("soap", [5.0, 4.0])]):
-        with pytest.raises(ConfigError, match=f"{said}(SOAP; )?Muon"):
-            tables.ratios(lonely, 4.25, base_label)
+
+
+def test_where_ratios_have_nothing_to_be_over_or_of_one_line_says_what_is_missing_and_what_makes_it() -> None:
+    averaged = made("muon", [5.0, 4.5, 4.0])
+    averaged.label = find_setting("muon_averaged").label
+    newton, muon, soap = (made(name, [5.0, 4.0]) for name in ("gauss_newton", "muon", "soap"))
+
+    def said(*records: Record, **over: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            tables.ratios(records, 4.25, **over)
+        return str(caught.value)
+
+    run = "run: gnlib study NAME --profile PROFILE"
+    asked = f"ask for gauss_newton too, or {run} --methods gauss_newton"
+    assert said(muon, soap) == f"methods: no runs of GN, which ratios of Muon; SOAP are over; {asked}"
+    assert said(averaged, soap, over=base_label) == (
+        "methods: no runs of Muon, which ratios of Muon, weights averaged are over; "
+        f"ask for muon too, or {run} --methods muon"
+    )
+    nothing = "and no runs of others are there"
+    assert said(newton) == f"methods: ratios are of others over GN, {nothing}; {run}"
+    assert said(muon, soap, over=base_label) == f"methods: ratios are of others over Muon; SOAP, {nothing}; {run}"
 
 
 def test_steps_and_rates_by_batch() -> None:
