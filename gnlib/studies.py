@@ -171,8 +171,8 @@ def study_records(
 
 
 def _under_way(runs: Sequence[Run], profile: str) -> bool:
-    """Whether some settings, and not all, are shipped, of a text that is not: what others could hardly train is shown
-    as far as it goes. What this machine has trained for other studies does not count."""
+    """Whether some settings are shipped, of a text that is not: what others could hardly train is shown as far as it
+    goes. What this machine has trained for other studies does not count."""
     if not runs or runs[0].config.data.source in BUILT_IN:
         return False
     shipped = {path.stem for path in records_folder(profile).glob("*.jsonl")}
