@@ -29,7 +29,7 @@ from gnlib.questions import (
 from gnlib.results import Estimate
 from gnlib.stateless import tokens_to_final_loss
 from gnlib.studies import STUDIES
-from gnlib.variants import base_label, find_setting
+from gnlib.variants import find_setting
 
 FOOTNOTES = {
     NOT_INTERIOR: "a setting in the row is at the edge of what was tried or not tuned by itself, or a run is of "
@@ -50,7 +50,8 @@ def _steps_claim(
     also_in: str = "",
 ) -> Question:
     """A claim about the steps of one method over those of another, at the profile's outer batch."""
-    unit = f"steps to target / {base_label(find_setting(reference).label)}'s"
+    label = find_setting(reference).label
+    unit = f"steps to target / {label}'s" if "," not in label else f"steps to target / those of {label}"
     measure = measures.step_ratio(method, reference)
     return Question(claim, paper, unit, study, (reference, method), measure, at_least, at_most, also_in=also_in)
 

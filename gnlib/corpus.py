@@ -26,7 +26,6 @@ from gnlib.files import home
 EXTENSIONS = tuple(kind + packing for kind in (".txt", ".jsonl", ".parquet") for packing in ("", ".gz", ".zst"))
 C4 = "allenai/c4"
 C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"  # pinned: a resumed preparation must read the same rows
-BUILT_IN = ("docstrings", "synthetic")  # that come with Python or gnlib
 _ALLOWED = "allowed: docstrings, c4, synthetic, a .txt, .jsonl or .parquet file (also .gz, .zst), a folder of them"
 _DOCUMENT_CHARACTERS = 8192
 
@@ -86,7 +85,7 @@ def check(source: str) -> None:
     """ConfigError where the text is not on this machine, without reading it; C4 is fetched when it is read."""
     if source == "docstrings":
         docstrings.library()
-    elif source not in (*BUILT_IN, "c4"):
+    elif source not in ("synthetic", "c4"):
         _files(source)
 
 

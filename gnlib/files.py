@@ -35,7 +35,7 @@ def home() -> Path:
 def data_folder() -> Path:
     """Prepared token files, start checkpoints and run folders; $GNLIB_DATA, made where it is first written to, else
     data/ under home."""
-    if "GNLIB_DATA" not in os.environ:
+    if not os.environ.get("GNLIB_DATA"):
         return home() / "data"
     chosen = Path(os.environ["GNLIB_DATA"])
     there = next(path for path in (chosen, *chosen.absolute().parents) if os.path.exists(path))
@@ -49,7 +49,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if "GNLIB_DATA" in os.environ and folder.is_relative_to(data_folder()):
+        if (chosen := os.environ.get("GNLIB_DATA")) and folder.is_relative_to(chosen):
             raise ConfigError(f"GNLIB_DATA: cannot make the folder {str(folder)!r} ({error.strerror})") from None
         raise
 

@@ -49,6 +49,9 @@ class Profile:
     """Training sequences of a run at a fixed budget; a multiple of every batch."""
     shows_claims: bool = True
     """Whether notebooks assert the claims on it; too small a model cannot show them."""
+    in_part: bool = False
+    """Whether notebooks show a study as far as its runs are there and leave out the others: dear ones, on a text that
+    is not shipped."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Data orders that results are reported on; tuning uses seed 0."""
 
@@ -195,6 +198,7 @@ PROFILES: dict[str, Profile] = {
                 },
                 "sophia_g": {"method.inner.lr": 0.004, "method.inner.options": {"period": 1}},
             },
+            in_part=True,
         ),
         Profile(
             "english-45m",
@@ -229,6 +233,7 @@ PROFILES: dict[str, Profile] = {
                 "soap": {"method.inner.lr": 0.005, "method.inner.options": {"precondition_frequency": 1}},
                 "adamw": {"method.inner.lr": 0.002},
             },
+            in_part=True,
             seeds=(1,),
         ),
         Profile(
@@ -247,6 +252,7 @@ PROFILES: dict[str, Profile] = {
             most_steps=(50, 300),
             batches=(256, 1024, 4096, 16384),
             budget=262144,
+            in_part=True,
         ),
         Profile(
             "paper-150m",
@@ -271,6 +277,7 @@ PROFILES: dict[str, Profile] = {
             most_steps=(60, 900),
             batches=(1920, 7680, 30720, 122880),
             budget=2949120,
+            in_part=True,
         ),
     )
 }

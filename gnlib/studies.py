@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gnlib.config import ConfigError, RunConfig
-from gnlib.corpus import BUILT_IN
 from gnlib.methods import METHODS
-from gnlib.profiles import find_profile, records_folder
+from gnlib.profiles import find_profile
 from gnlib.record import Record
 from gnlib.study import find, run_study
 from gnlib.variants import UNTUNED, Setting, find_setting, home_batch, key, setting_config, tunable
@@ -153,31 +152,22 @@ def study_records(
 ) -> list[Record]:
     """Records of a study's runs, labelled by their settings; what is missing is run first (`study.run_study`).
 
-    Of a study under way (`_under_way`) only the complete settings are taken and a printed line names the others, unless
-    `methods` asks for them, or `fresh` for everything. What is missing at the profile's `larger` batches is always left
-    out.
+    Of a profile that is shown in part (`Profile.in_part`) only the complete settings are taken, if there are any, and a
+    printed line names the others, unless `methods` asks for them, or `fresh` for everything. What is missing at the
+    profile's `larger` batches is always left out.
     """
     check_possible(name, profile)
     runs = study_runs(name, profile, seeds, methods)
     complete = complete_settings(name, profile, seeds, methods, fresh)
     missing = {run.setting for run in runs} - complete.keys()
-    if fresh or methods or not _under_way(runs, profile):
+    if fresh or methods or not (complete and find_profile(profile).in_part):
         missing = {setting for setting in missing if setting.batch in find_profile(profile).larger}
-    _say_left_out(missing, f"gnlib sweep {name} --profile {profile}")
+    others = seeds and tuple(seeds) != find_profile(profile).seeds
+    command = f"{name} --profile {profile}" + (f" --seeds {' '.join(map(str, seeds or ()))}" if others else "")
+    _say_left_out(missing, f"gnlib sweep {command}")
     runs = [run for run in runs if run.setting not in missing]
-    command = f"gnlib study {name} --profile {profile}" + (f" --seeds {' '.join(map(str, seeds))}" if seeds else "")
-    records = run_study([run.config for run in runs], profile, fresh, allow_run, command=command)
+    records = run_study([run.config for run in runs], profile, fresh, allow_run, command=f"gnlib study {command}")
     return labelled(runs, records)
-
-
-def _under_way(runs: Sequence[Run], profile: str) -> bool:
-    """Whether some settings are shipped, of a text that is not: what others could hardly train is shown as far as it
-    goes. What this machine has trained for other studies does not count."""
-    if not runs or runs[0].config.data.source in BUILT_IN:
-        return False
-    shipped = {path.stem for path in records_folder(profile).glob("*.jsonl")}
-    lacking = {run.setting for run in runs if run.config.recipe_id not in shipped}
-    return bool({run.setting for run in runs} - lacking)
 
 
 def _say_left_out(settings: Iterable[Setting], command: str) -> None:

@@ -61,13 +61,11 @@ def ratios(records: Sequence[Record], target: float, over: Callable[[str], str] 
     """Steps to the target over those of a method's reference (of both the labels), Gauss-Newton by default, at the same
     batch (tokens), paired by seed: one row a method and batch at which both were run, with the half width of the 95 %
     interval (nan for one seed, and for a lower bound). ConfigError, naming what is missing, where no method has its
-    reference beside it."""
+    reference beside it at one of its batches."""
     import pandas as pd
 
     groups, rows = by_method(records), []
     others = {name: reference for name in groups if (reference := over(name)) != name}
-    if not set(others.values()) & groups.keys():
-        raise ConfigError(f"methods: {_lacking(list(others or groups), list(dict.fromkeys(others.values())))}")
     for name, other in others.items():
         theirs = batches(groups.get(other, []))
         for batch, own in batches(groups[name]).items():
@@ -75,6 +73,8 @@ def ratios(records: Sequence[Record], target: float, over: Callable[[str], str] 
                 found = results.ratio(own, theirs[batch], target, lambda c: c.steps)
                 half = math.nan if found.half_width is None or found.censored else found.half_width
                 rows.append((name, own[0].config.outer_batch_tokens, found.n, found.mean, half, bool(found.censored)))
+    if not rows:
+        raise ConfigError(f"methods: {_lacking(list(others or groups), list(dict.fromkeys(others.values())))}")
     return pd.DataFrame(rows, columns=["method", "batch", "n", "ratio", "half_width", "lower_bound"])
 
 
@@ -87,7 +87,7 @@ def _lacking(labels: Sequence[str], references: Sequence[str]) -> str:
     if not references:
         return f"ratios are of others over {'; '.join(labels)}, and no runs of others are there; run: {command}"
     names = " ".join(name for name, one in (ALL_METHODS | VARIANTS).items() if one.label in references)
-    missing = f"no runs of {'; '.join(references)}, which ratios of {'; '.join(labels)} are over"
+    missing = f"no runs of {'; '.join(references)} at the batches of {'; '.join(labels)}, which ratios are over"
     return f"{missing}; ask for {names} too, or run: {command} --methods {names}"
 
 

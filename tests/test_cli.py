@@ -21,6 +21,7 @@ from gnlib import tune as tuning
 from gnlib.claims import QUESTIONS
 from gnlib.config import ConfigError, RunConfig
 from gnlib.executors import UnfinishedError
+from gnlib.files import data_folder
 from gnlib.methods import ALL_METHODS
 from gnlib.profiles import PROFILES, run_config
 from gnlib.record import Record
@@ -281,6 +282,12 @@ def test_a_home_that_is_not_there_is_one_line_and_not_a_checkout_without_records
     assert not (tmp_path / "slip").exists()
     (tmp_path / "slip").touch()
     assert gnlib("claims")[0] == 2
+
+
+def test_an_unnamed_data_folder_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GNLIB_HOME", str(tmp_path))
+    monkeypatch.setenv("GNLIB_DATA", "")  # not the working directory, which Path("") would be
+    assert data_folder() == tmp_path / "data"
 
 
 @pytest.mark.parametrize("command", ["prepare", "train", "study layerwise --fresh", "sweep layerwise", "claims"])

@@ -101,11 +101,13 @@ def test_where_ratios_have_nothing_to_be_over_or_of_one_line_says_what_is_missin
 
     run = "run: gnlib study NAME --profile PROFILE"
     asked = f"ask for gauss_newton too, or {run} --methods gauss_newton"
-    assert said(muon, soap) == f"methods: no runs of GN, which ratios of Muon; SOAP are over; {asked}"
+    assert said(muon, soap) == f"methods: no runs of GN at the batches of Muon; SOAP, which ratios are over; {asked}"
     assert said(averaged, soap, over=base_label) == (
-        "methods: no runs of Muon, which ratios of Muon, weights averaged are over; "
+        "methods: no runs of Muon at the batches of Muon, weights averaged, which ratios are over; "
         f"ask for muon too, or {run} --methods muon"
     )
+    newton.config = newton.config.replace({"outer_batch": 2 * muon.config.outer_batch})
+    assert said(newton, muon) == f"methods: no runs of GN at the batches of Muon, which ratios are over; {asked}"
     nothing = "and no runs of others are there"
     assert said(newton) == f"methods: ratios are of others over GN, {nothing}; {run}"
     assert said(muon, soap, over=base_label) == f"methods: ratios are of others over Muon; SOAP, {nothing}; {run}"
