@@ -25,6 +25,7 @@ from gnlib.files import replacing
 from gnlib.heldout import heldout
 from gnlib.methods import METHODS, MORE_METHODS
 from gnlib.optimizers import registry
+from gnlib.paper import SUBJECTS
 from gnlib.prepare import prepare as prepare_data
 from gnlib.profiles import PROFILES, run_config, tuning
 from gnlib.studies import STUDIES, check_possible, study_runs, tuned_settings
@@ -39,7 +40,7 @@ from gnlib.variants import VARIANTS, find_setting, key, setting_config
 app = Commands()
 Name = Annotated[str, tyro.conf.Positional]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # no --no-... beside it
-_ON = tyro.conf.arg(help=f"Only the claims on one of these: {', '.join(claim_rows.SUBJECTS)}.")
+_ON = tyro.conf.arg(help=f"Only the claims on one of these: {', '.join(SUBJECTS)}.")
 Subject = Annotated[str | None, _ON]
 CONTINUED = ("prepare", "train", "study", "sweep", "tune", "compare")  # by the same command, after Ctrl-C
 UNFINISHED = 3  # exit code of a sweep that its --minutes ended, for scripts that call it again

@@ -1,6 +1,6 @@
 """A claim as a question to records: which of a study's settings decide it, what is measured on them, whether it holds.
 
-`gnlib.claims` has the questions that the papers raise.
+`gnlib.paper` has the questions that the papers raise.
 """
 
 from __future__ import annotations

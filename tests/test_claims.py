@@ -14,11 +14,12 @@ from test_results import made
 
 from gnlib import bench
 from gnlib import record as records
-from gnlib.claims import QUESTIONS, as_json, as_markdown, as_text, claims
+from gnlib.claims import as_json, as_markdown, as_text, claims
 from gnlib.config import ConfigError, RunConfig
 from gnlib.executors import StudyError
 from gnlib.measures import early_lead
 from gnlib.methods import METHODS, method_of
+from gnlib.paper import QUESTIONS
 from gnlib.profiles import PROFILES, find_profile
 from gnlib.questions import NOT_RUN, UNDECIDED, Claim, Question, first_batches, middle_batch
 from gnlib.record import Record

@@ -18,11 +18,11 @@ import pytest
 from gnlib import arguments, cli
 from gnlib import record as records
 from gnlib import tune as tuning
-from gnlib.claims import QUESTIONS
 from gnlib.config import ConfigError, RunConfig
 from gnlib.executors import UnfinishedError
 from gnlib.files import data_folder
 from gnlib.methods import ALL_METHODS
+from gnlib.paper import QUESTIONS
 from gnlib.profiles import PROFILES, run_config
 from gnlib.record import Record
 from gnlib.studies import STUDIES
