@@ -162,8 +162,9 @@ def study_records(
     missing = {run.setting for run in runs} - complete.keys()
     if fresh or methods or not (complete and find_profile(profile).in_part):
         missing = {setting for setting in missing if setting.batch in find_profile(profile).larger}
-    others = seeds and tuple(seeds) != find_profile(profile).seeds
-    command = f"{name} --profile {profile}" + (f" --seeds {' '.join(map(str, seeds or ()))}" if others else "")
+    given = tuple(seeds or ())
+    options = f" --seeds {' '.join(map(str, given))}" if given not in ((), find_profile(profile).seeds) else ""
+    command = f"{name} --profile {profile}{options}"
     _say_left_out(missing, f"gnlib sweep {command}")
     runs = [run for run in runs if run.setting not in missing]
     records = run_study([run.config for run in runs], profile, fresh, allow_run, command=f"gnlib study {command}")
